@@ -1,0 +1,547 @@
+"""Data in, batches out: the input of the CIFAR-10 network.
+
+    folder = maybe_download_and_extract(CIFAR10, '/tmp/cifar10_data')
+    images, labels = distorted_inputs(folder, batch_size=128)
+
+A training batch takes the road that the tutorial teaches, one queue after
+another, each filled by threads that run beside the network:
+
+    file names -> queue -> records -> shuffle queue -> batch -> distortion
+
+The shuffle queue holds records as they lie on disk, one byte a value; a batch
+is distorted when it has left the queue, all of its images at once.
+"""
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import os
+import shutil
+import socket
+import sys
+import tarfile
+import types
+import zlib
+
+import numpy as np
+
+
+@contextlib.contextmanager
+def _quiet_start():
+  """Hides what TensorFlow says of itself before it reads any log setting.
+
+  Who wants to see it, and which GPUs it found, sets TF_CPP_MIN_LOG_LEVEL=0.
+  """
+  quiet = os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2') >= '2'
+  stderr = os.dup(2)
+  if quiet:
+    with open(os.devnull, 'w') as devnull:
+      os.dup2(devnull.fileno(), 2)
+  try:
+    yield
+  finally:
+    os.dup2(stderr, 2)
+    os.close(stderr)
+
+
+with _quiet_start():
+  import tensorflow.compat.v1 as tf
+  tf.config.list_physical_devices()
+
+# Graphs, queues and sessions are what this suite teaches: that TensorFlow calls
+# them deprecated is no news here. Other warnings still come through.
+tf.get_logger().addFilter(
+    lambda record: 'deprecated' not in str(record.msg)
+    or record.levelno > logging.WARNING)
+tf.disable_eager_execution()
+
+# The network sees this much of each side of a picture: a random square of it
+# in training, the central one in evaluation.
+IMAGE_SIZE = 24
+
+# At least this part of an epoch is in the shuffle queue after each batch, so
+# that neighbours in a file do not end up in one batch.
+MIN_FRACTION_OF_EXAMPLES_IN_QUEUE = 0.4
+
+# Records that one run of the reader moves. Moved one by one, the way through
+# Python's threads costs more than the network's input is worth.
+_RECORDS_PER_READ = 256
+
+_DOWNLOAD_TIMEOUT_SECS = 60
+
+
+class UserError(ValueError):
+  """A mistake that the user can mend. Its text is one line that says how."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """The description of a data set in CIFAR-10's binary format.
+
+  A record is `label_bytes` bytes, the last of which is the label, and then the
+  picture: its red, its green and its blue plane, each row by row.
+  """
+  name: str          # What --dataset calls it.
+  title: str         # What the console calls its images.
+  folder: str        # Where its files lie below the data directory.
+  train_files: dict  # Number of records of each file to train on, by file name.
+  eval_files: dict   # The same for the files to evaluate on.
+  classes: tuple     # The name of each label.
+  label_bytes: int = 1
+  height: int = 32   # Of a picture, in pixels.
+  width: int = 32
+  depth: int = 3     # Channels.
+  url: str = None    # Of the published archive; None: the files are generated.
+  sha256: str = None  # Of the archive, in hexadecimal.
+
+  @property
+  def record_bytes(self):
+    return self.label_bytes + self.height * self.width * self.depth
+
+  @property
+  def files(self):
+    return {**self.train_files, **self.eval_files}
+
+  def size_bytes(self, name):
+    return self.files[name] * self.record_bytes
+
+  @property
+  def num_train_examples(self):
+    return sum(self.train_files.values())
+
+  @property
+  def num_eval_examples(self):
+    return sum(self.eval_files.values())
+
+
+CIFAR10 = Dataset(
+    name='cifar10',
+    title='CIFAR',
+    folder='cifar-10-batches-bin',
+    train_files={'data_batch_%d.bin' % i: 10000 for i in range(1, 6)},
+    eval_files={'test_batch.bin': 10000},
+    classes=('airplane', 'automobile', 'bird', 'cat', 'deer',
+             'dog', 'frog', 'horse', 'ship', 'truck'),
+    url='https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
+    sha256='c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd')
+
+SYNTHETIC = Dataset(
+    name='synthetic',
+    title='synthetic',
+    folder='synthetic-batches-bin',
+    train_files={'data_batch_1.bin': 5000, 'data_batch_2.bin': 5000},
+    eval_files={'test_batch.bin': 2000},
+    classes=('disc', 'square', 'diamond', 'triangle', 'cross', 'ring',
+             'square_outline', 'diamond_outline', 'triangle_outline',
+             'cross_outline'))
+
+DATASETS = {dataset.name: dataset for dataset in (CIFAR10, SYNTHETIC)}
+
+NUM_CLASSES = len(CIFAR10.classes)
+NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = CIFAR10.num_train_examples
+NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = CIFAR10.num_eval_examples
+
+
+# Getting the data.
+
+
+def maybe_download_and_extract(dataset, data_dir, url=None, sha256=None):
+  """Makes sure that the files of a data set are there.
+
+  Args:
+    dataset: the `Dataset`.
+    data_dir: folder of all data sets; made if need be.
+    url: where to take the archive from (http, https or file) instead of the
+      place where it is published.
+    sha256: the archive's checksum, if it is not the published one.
+
+  Returns:
+    The folder with the data set's files.
+
+  Raises:
+    UserError: the data set is not there and cannot be had.
+  """
+  folder = os.path.join(data_dir, dataset.folder)
+  if all(os.path.exists(os.path.join(folder, name)) for name in dataset.files):
+    return folder  # Whether they are whole is for `check_files` to say.
+  # The files move to their folder when all of them are whole, not before.
+  partial = folder + '.partial'
+  try:
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
+    if dataset.url:
+      archive = _download(dataset, data_dir, url or dataset.url,
+                          (sha256 or dataset.sha256).lower())
+      _extract(archive, dataset, partial)
+    else:
+      _write_synthetic(dataset, partial)
+    os.makedirs(folder, exist_ok=True)
+    for name in dataset.files:
+      os.replace(os.path.join(partial, name), os.path.join(folder, name))
+  except OSError as error:
+    raise UserError('--data_dir=%s cannot hold the data set: %s'
+                    % (data_dir, error)) from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+  return folder
+
+
+def _download(dataset, data_dir, url, sha256):
+  """Returns the path of the archive in data_dir, whose checksum is right.
+
+  A plain http mirror is as good as any: it is the checksum that we trust.
+  """
+  archive = os.path.join(data_dir, os.path.basename(dataset.url))
+  if os.path.isfile(archive):
+    if _sha256(archive) != sha256:
+      raise UserError(
+          '%s has the SHA-256 %s, not %s: delete it, or accept it with '
+          '--data_sha256.' % (archive, _sha256(archive), sha256))
+    return archive
+  if not sys.stdout.isatty():  # A log file would keep each state of the bar.
+    print('Downloading %s' % url, flush=True)
+    tf.keras.utils.disable_interactive_logging()
+  timeout = socket.getdefaulttimeout()
+  socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_SECS)
+  partial = archive + '.partial'
+  try:
+    tf.keras.utils.get_file(
+        os.path.basename(partial), url, file_hash=sha256,
+        hash_algorithm='sha256', cache_dir=data_dir, cache_subdir='')
+    os.replace(partial, archive)
+    return archive
+  except Exception as error:  # get_file raises nothing more precise.
+    if isinstance(error, ValueError):
+      os.remove(partial)  # get_file removes all broken downloads but this.
+      error = '%s has not the SHA-256 %s' % (url, sha256)
+    raise UserError(
+        '%s. Name a mirror with --data_url, put the archive in place as %s, or '
+        'take --dataset=synthetic, which needs no download.'
+        % (error, archive)) from None
+  finally:
+    socket.setdefaulttimeout(timeout)
+
+
+def _sha256(path):
+  digest = hashlib.sha256()
+  with open(path, 'rb') as f:
+    for block in iter(lambda: f.read(1 << 20), b''):
+      digest.update(block)
+  return digest.hexdigest()
+
+
+def _extract(archive, dataset, destination):
+  """Extracts the data set's files, and nothing else that an archive may hold."""
+  missing = {'%s/%s' % (dataset.folder, name): name for name in dataset.files}
+  print('Extracting %s' % archive, flush=True)
+  try:
+    with tarfile.open(archive) as tar:
+      for member in tar:
+        name = missing.get(member.name)
+        if name and member.isfile() and member.size == dataset.size_bytes(name):
+          with open(os.path.join(destination, name), 'wb') as f:
+            shutil.copyfileobj(tar.extractfile(member), f)
+          del missing[member.name]
+  except (tarfile.TarError, EOFError, zlib.error) as error:
+    raise UserError('%s cannot be extracted (%s): delete it and start again.'
+                    % (archive, error)) from error
+  if missing:
+    raise UserError('%s is not the archive of %s: it has no %s of %d bytes.' % (
+        archive, dataset.name, min(missing),
+        dataset.size_bytes(missing[min(missing)])))
+
+
+def _write_synthetic(dataset, folder):
+  """Writes pictures of `dataset.classes`, the same ones on every machine."""
+  print('Generating the %s data set.' % dataset.name, flush=True)
+  random = np.random.default_rng(seed=1)
+  for name, num_examples in dataset.files.items():
+    labels = random.integers(len(dataset.classes), size=num_examples)
+    pictures = _draw_shapes(random, labels, dataset.height, dataset.width)
+    records = np.c_[labels, pictures.reshape(num_examples, -1)]
+    records.astype(np.uint8).tofile(os.path.join(folder, name))
+
+
+def _draw_shapes(random, labels, height, width):
+  """Returns a picture for each label, [n, 3, height, width], 0 to 255.
+
+  The shape has any place, size and colours, and there is much noise.
+  """
+  def uniform(low, high, *shape):
+    return random.uniform(low, high, (len(labels),) + shape)
+
+  # x and y run from -1 to 1 over the shape, which must survive a random crop.
+  radius = uniform(6, 11, 1, 1)
+  y, x = np.ogrid[-height / 2:height / 2, -width / 2:width / 2]
+  x, y = ((t - uniform(-4, 4, 1, 1)) / radius for t in (x, y))
+  labels = labels[:, np.newaxis, np.newaxis]
+  nearer, farther = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
+  distance = np.choose(labels % 5, [  # Less than 0.85 inside the solid shape.
+      np.hypot(x, y), farther, (nearer + farther) / 1.3,
+      np.maximum(y + 0.1, 1.7 * abs(x) - 0.9 * y),
+      np.maximum(2.8 * nearer, farther)])
+  inside = np.where(labels < 5, 0.85 - distance, 0.2 - abs(0.7 - distance))
+  shape = np.clip(inside * radius + 0.5, 0, 1)[:, np.newaxis]
+
+  colour = random.standard_normal((len(labels), 3, 1, 1))
+  colour *= uniform(40, 140, 1, 1, 1) / np.linalg.norm(colour, axis=1)[:, None]
+  light = uniform(-2, 2, 1, 1, 1) * np.arange(-width / 2, width / 2)
+  noise = uniform(10, 40, 1, 1, 1) * random.standard_normal(
+      (len(labels), 3, height, width))
+  background = uniform(0, 255, 3, 1, 1)
+  return np.clip(background + shape * colour + light + noise, 0, 255)
+
+
+# Reading it.
+
+
+def check_files(dataset, folder, files):
+  """Finds what is wrong with a data set before a thread trips over it.
+
+  Args:
+    dataset: the `Dataset`.
+    folder: where its files lie.
+    files: names of the ones to look at.
+
+  Returns:
+    The paths of the files.
+
+  Raises:
+    UserError: a file is missing, has the wrong size, or a record of it has a
+      label that the data set does not know.
+  """
+  paths = [os.path.join(folder, name) for name in files]
+  for name, path in zip(files, paths):
+    flaw = _find_flaw(path, dataset.size_bytes(name), dataset)
+    if flaw:
+      raise UserError('%s %s: delete %s and start again to get it anew.'
+                      % (path, flaw, folder))
+  return paths
+
+
+def _find_flaw(path, size_bytes, dataset):
+  """Returns what is wrong with a file, or None."""
+  if not os.path.isfile(path):
+    return 'is missing'
+  if os.path.getsize(path) != size_bytes:
+    return 'has %d bytes, not %d' % (os.path.getsize(path), size_bytes)
+  records = np.memmap(path, np.uint8, 'r').reshape(-1, dataset.record_bytes)
+  labels = records[:, dataset.label_bytes - 1]
+  wrong, = np.nonzero(labels >= len(dataset.classes))
+  if wrong.size:
+    return 'has the label %d in record %d, not one of 0 to %d' % (
+        labels[wrong[0]], wrong[0], len(dataset.classes) - 1)
+  return None
+
+
+def read_cifar10(filename_queue, dataset=CIFAR10):
+  """Reads and parses one record.
+
+  Args:
+    filename_queue: a queue of strings, the paths of the files to read.
+    dataset: the `Dataset` that says how a record is laid out.
+
+  Returns:
+    An object that stands for one example, with the attributes
+      height, width, depth: int, 32, 32 and 3.
+      key: scalar string Tensor, FILE:RECORD.
+      label: int32 Tensor of shape [1].
+      uint8image: uint8 Tensor of shape [height, width, depth].
+  """
+  reader = tf.FixedLengthRecordReader(dataset.record_bytes)
+  key, value = reader.read(filename_queue)
+  images, label = parse_records(_to_records([value], dataset), dataset)
+  return types.SimpleNamespace(
+      height=dataset.height, width=dataset.width, depth=dataset.depth,
+      key=key, label=label, uint8image=images[0])
+
+
+def _to_records(values, dataset):
+  """Turns strings [n] into uint8 [n, record_bytes]."""
+  records = tf.decode_raw(values, tf.uint8)
+  return tf.ensure_shape(records, [None, dataset.record_bytes])
+
+
+def parse_records(records, dataset):
+  """Splits records into pictures and labels.
+
+  Args:
+    records: uint8 [n, record_bytes].
+    dataset: the `Dataset` that says how a record is laid out.
+
+  Returns:
+    images: uint8 [n, height, width, depth].
+    labels: int32 [n].
+  """
+  labels = tf.cast(records[:, dataset.label_bytes - 1], tf.int32)
+  planes = tf.reshape(records[:, dataset.label_bytes:],
+                      [-1, dataset.depth, dataset.height, dataset.width])
+  # Not a transposition: of single bytes, TensorFlow has no fast one on CPUs and
+  # complains about that.
+  return tf.stack(tf.unstack(planes, axis=1), axis=3), labels
+
+
+def _fill(queue, filename_queue, dataset):
+  """Starts with the session a thread that moves records from files to a queue."""
+  reader = tf.FixedLengthRecordReader(dataset.record_bytes)
+  _, values = reader.read_up_to(filename_queue, _RECORDS_PER_READ)
+  enqueue = queue.enqueue_many([_to_records(values, dataset)])
+  tf.train.add_queue_runner(tf.train.QueueRunner(queue, [enqueue]))
+
+
+# Distorting it: chance first, then arithmetic.
+
+
+class Distortions(collections.namedtuple(
+    'Distortions', ['top', 'left', 'flip', 'brightness', 'contrast'])):
+  """How to distort each image of a batch.
+
+  top, left: int32 [batch], in pixels: the corner of the crop.
+  flip: bool [batch], whether to mirror it left to right.
+  brightness: float32 [batch], added to each value.
+  contrast: float32 [batch], factor of each value's distance from its channel's
+    mean.
+  """
+
+
+def draw_distortions(batch_size, dataset=CIFAR10):
+  """Draws the `Distortions` of a training batch, each image's for itself."""
+  def uniform(low, high, dtype=tf.float32):
+    return tf.random_uniform([batch_size], low, high, dtype)
+
+  return Distortions(
+      top=uniform(0, dataset.height - IMAGE_SIZE + 1, tf.int32),
+      left=uniform(0, dataset.width - IMAGE_SIZE + 1, tf.int32),
+      flip=uniform(0, 1) < 0.5,
+      brightness=uniform(-63, 63),
+      contrast=uniform(0.2, 1.8))
+
+
+def no_distortions(batch_size, dataset=CIFAR10):
+  """The `Distortions` of evaluation: the central crop, nothing else."""
+  return Distortions(*(tf.fill([batch_size], value) for value in (
+      (dataset.height - IMAGE_SIZE) // 2, (dataset.width - IMAGE_SIZE) // 2,
+      False, 0.0, 1.0)))
+
+
+def distort(images, distortions):
+  """Crops, flips, recolours and standardizes a batch of images.
+
+  Args:
+    images: uint8 [batch, height, width, depth].
+    distortions: the batch's `Distortions`.
+
+  Returns:
+    float32 [batch, IMAGE_SIZE, IMAGE_SIZE, depth], each image with mean 0 and,
+    unless it is all of one colour, standard deviation 1.
+  """
+  crops = tf.cast(_crop_and_flip(images, distortions), tf.float32)
+  brightness, contrast = (
+      tf.reshape(values, [-1, 1, 1, 1])
+      for values in (distortions.brightness, distortions.contrast))
+
+  # All that follows a crop shifts and scales whole channels. So brightness and
+  # contrast change a channel's mean and variance in a way that we can work out
+  # without the pixels, and one pass over them does for all three operations.
+  # (Standardization takes back whatever brightness does; the tutorial has it.)
+  means, variances = tf.nn.moments(crops, [1, 2], keepdims=True)
+  channel_means = means + brightness
+  offsets = channel_means - tf.reduce_mean(channel_means, 3, keepdims=True)
+  variance = tf.reduce_mean(
+      tf.square(contrast) * variances + tf.square(offsets), 3, keepdims=True)
+  # As tf.image.per_image_standardization: never divide by (almost) nothing.
+  num_values = IMAGE_SIZE * IMAGE_SIZE * images.shape.as_list()[-1]
+  scale = 1 / tf.maximum(tf.sqrt(variance), num_values ** -0.5)
+  return (crops - means) * (contrast * scale) + offsets * scale
+
+
+def _crop_and_flip(images, distortions):
+  """Returns uint8 [batch, IMAGE_SIZE, IMAGE_SIZE, depth] for `distort`."""
+  _, height, width, depth = images.shape.as_list()
+  steps = tf.range(IMAGE_SIZE)
+  rows = distortions.top[:, tf.newaxis] + steps
+  columns = distortions.left[:, tf.newaxis] + tf.where_v2(
+      distortions.flip[:, tf.newaxis], steps[::-1], steps)
+  pixels = tf.reshape(images, [-1, height * width, depth])
+  return tf.gather(
+      pixels, rows[:, :, tf.newaxis] * width + columns[:, tf.newaxis, :],
+      batch_dims=1)
+
+
+# The two inputs of the network.
+
+
+def distorted_inputs(data_dir, batch_size, dataset=CIFAR10):
+  """Builds the input of training: batches drawn at random, without end.
+
+  Args:
+    data_dir: folder with the data set's files.
+    batch_size: images a batch.
+    dataset: the `Dataset`.
+
+  Returns:
+    images: float32 [batch_size, IMAGE_SIZE, IMAGE_SIZE, 3].
+    labels: int32 [batch_size].
+
+  Raises:
+    UserError: a file is not as the data set's description says.
+  """
+  paths = check_files(dataset, data_dir, dataset.train_files)
+  min_queue_examples = int(
+      dataset.num_train_examples * MIN_FRACTION_OF_EXAMPLES_IN_QUEUE)
+  with tf.name_scope('input'):
+    queue = tf.RandomShuffleQueue(
+        min_queue_examples + 3 * batch_size, min_queue_examples,
+        [tf.uint8], [[dataset.record_bytes]], name='shuffle_queue')
+    _fill(queue, tf.train.string_input_producer(paths), dataset)
+    images, labels = parse_records(queue.dequeue_many(batch_size), dataset)
+    images = distort(images, draw_distortions(batch_size, dataset))
+  print('Filling queue with %d %s images before starting to train. '
+        'This will take a few seconds.' % (min_queue_examples, dataset.title),
+        flush=True)
+  return images, labels
+
+
+def inputs(eval_data, data_dir, batch_size, dataset=CIFAR10):
+  """Builds the input of evaluation: each example once, in the files' order.
+
+  Args:
+    eval_data: whether to read the files to evaluate on; else those to train on.
+    data_dir: folder with the data set's files.
+    batch_size: images a batch; the last batch holds what is left.
+    dataset: the `Dataset`.
+
+  Returns:
+    images: float32 [batch_size or fewer, IMAGE_SIZE, IMAGE_SIZE, 3].
+    labels: int32 [batch_size or fewer].
+    Both raise `tf.errors.OutOfRangeError` after the last example.
+
+  Raises:
+    UserError: a file is not as the data set's description says.
+  """
+  paths = check_files(
+      dataset, data_dir, dataset.eval_files if eval_data else dataset.train_files)
+  with tf.name_scope('input'):
+    queue = tf.FIFOQueue(
+        4 * max(batch_size, _RECORDS_PER_READ), [tf.uint8],
+        [[dataset.record_bytes]], name='queue')
+    _fill(queue, _queue_once(paths), dataset)
+    images, labels = parse_records(queue.dequeue_up_to(batch_size), dataset)
+    images = distort(images, no_distortions(tf.shape(images)[0], dataset))
+  return images, labels
+
+
+def _queue_once(paths):
+  """Returns a queue that gives each path once, and then is at its end.
+
+  `string_input_producer(num_epochs=1)` would do, but for the local variable in
+  which it counts: a program of one's own would have to initialize it.
+  """
+  queue = tf.FIFOQueue(len(paths), [tf.string], [[]], name='file_names')
+  with tf.control_dependencies([queue.enqueue_many([paths])]):
+    enqueue_and_close = queue.close()
+  tf.train.add_queue_runner(tf.train.QueueRunner(
+      queue, [enqueue_and_close], queue_closed_exception_types=(
+          tf.errors.OutOfRangeError, tf.errors.CancelledError)))
+  return queue
