@@ -1,0 +1,396 @@
+"""The CIFAR-10 network: its input, its layers, its loss, its training.
+
+    images, labels = distorted_inputs()
+    logits = inference(images)
+    total_loss = loss(logits, labels)
+    train_op = train(total_loss, tf.train.get_or_create_global_step())
+
+These verbs build a graph. To run it is the business of cifar10_train.py and its
+siblings, or of a script of your own.
+"""
+import os
+import re
+import signal
+import sys
+
+import cifar10_input
+from cifar10_input import (  # Known to readers as constants of this module.
+    IMAGE_SIZE, NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_EVAL,
+    NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN)
+from cifar10_input import CIFAR10, UserError, tf
+
+FLAGS = tf.flags.FLAGS
+
+tf.flags.DEFINE_integer('batch_size', 128, 'Images a batch.', lower_bound=1)
+tf.flags.DEFINE_string(
+    'data_dir', '/tmp/cifar10_data', 'Where the data sets lie.')
+tf.flags.DEFINE_boolean(
+    'use_fp16', False,
+    'Compute activations in 16-bit floating point; variables stay in 32.')
+
+# The recipe of training.
+MOVING_AVERAGE_DECAY = 0.9999     # Of the variables, for evaluation.
+NUM_EPOCHS_PER_DECAY = 350.0      # Epochs until the learning rate falls.
+LEARNING_RATE_DECAY_FACTOR = 0.1  # What it is multiplied with then.
+INITIAL_LEARNING_RATE = 0.1
+
+# What the names of the operations of each tower of a multi-GPU run start with.
+TOWER_NAME = 'tower'
+
+
+# The input, from where the flags say.
+
+
+def maybe_download_and_extract(dataset=CIFAR10, url=None, sha256=None):
+  """Makes sure that a data set is in --data_dir; see `cifar10_input`."""
+  cifar10_input.maybe_download_and_extract(
+      dataset, FLAGS.data_dir, url, sha256)
+
+
+def distorted_inputs(dataset=CIFAR10, batch_size=None):
+  """Builds the input of training, from --data_dir; see `cifar10_input`.
+
+  Returns:
+    images: float32 [batch_size, IMAGE_SIZE, IMAGE_SIZE, 3]; the size of a batch
+      is --batch_size if nothing else is said.
+    labels: int32 [batch_size].
+  """
+  images, labels = cifar10_input.distorted_inputs(
+      os.path.join(FLAGS.data_dir, dataset.folder),
+      batch_size or FLAGS.batch_size, dataset)
+  _image_summary('images', images)
+  return images, labels
+
+
+def inputs(eval_data, dataset=CIFAR10):
+  """Builds the input of evaluation, from --data_dir; see `cifar10_input`.
+
+  Returns:
+    images: float32 [--batch_size or fewer, IMAGE_SIZE, IMAGE_SIZE, 3].
+    labels: int32 [--batch_size or fewer].
+  """
+  images, labels = cifar10_input.inputs(
+      eval_data, os.path.join(FLAGS.data_dir, dataset.folder),
+      FLAGS.batch_size, dataset)
+  _image_summary('images', images)
+  return images, labels
+
+
+# The network.
+
+
+def inference(images, num_classes=NUM_CLASSES):
+  """Builds the network.
+
+  Args:
+    images: float32 [batch, IMAGE_SIZE, IMAGE_SIZE, 3].
+    num_classes: how many classes to tell apart.
+
+  Returns:
+    Logits, float32 [batch, num_classes]; `tf.nn.softmax` makes them
+    probabilities.
+  """
+  images = tf.cast(images, _activation_dtype())
+  conv1 = _convolution('conv1', images, channels=64, bias=0.0)
+  pool1 = _max_pooling('pool1', conv1)
+  norm1 = _local_response_normalization('norm1', pool1)
+  conv2 = _convolution('conv2', norm1, channels=64, bias=0.1)
+  norm2 = _local_response_normalization('norm2', conv2)
+  pool2 = _max_pooling('pool2', norm2)
+  local3 = _fully_connected('local3', pool2, 384, stddev=0.04, decay=0.004)
+  local4 = _fully_connected('local4', local3, 192, stddev=0.04, decay=0.004)
+  logits = _linear('softmax_linear', local4, num_classes, stddev=1 / 192.0)
+  return tf.cast(logits, tf.float32)
+
+
+def _activation_dtype():
+  if not FLAGS.use_fp16:
+    return tf.float32
+  if not tf.config.list_physical_devices('GPU'):
+    tf.logging.log_first_n(
+        tf.logging.WARN, '--use_fp16 is for GPUs: on this CPU, 16-bit floating '
+        'point is slower than 32-bit.', 1)
+  return tf.float16
+
+
+def _convolution(name, images, channels, bias):
+  """5x5 convolution with ReLU."""
+  with tf.variable_scope(name):
+    weights, biases = _weights_and_biases(
+        [5, 5, images.shape.as_list()[-1], channels], images.dtype,
+        stddev=0.05, decay=None, bias=bias)
+    convolved = tf.nn.conv2d(images, weights, strides=1, padding='SAME')
+    return _activation(tf.nn.relu(tf.nn.bias_add(convolved, biases)))
+
+
+def _max_pooling(name, images):
+  """3x3 windows that overlap, two pixels apart."""
+  return tf.nn.max_pool(images, ksize=3, strides=2, padding='SAME', name=name)
+
+
+def _local_response_normalization(name, images):
+  # Krizhevsky et al. 2012, section 3.3, with the constants of cuda-convnet.
+  return tf.nn.lrn(
+      images, depth_radius=4, bias=1.0, alpha=0.001 / 9.0, beta=0.75, name=name)
+
+
+def _fully_connected(name, values, units, stddev, decay):
+  """Fully connected layer with ReLU."""
+  with tf.variable_scope(name):
+    return _activation(tf.nn.relu(
+        _affine(values, units, stddev, decay, bias=0.1)))
+
+
+def _linear(name, values, units, stddev):
+  """Fully connected layer without an activation function."""
+  with tf.variable_scope(name):
+    return _activation(_affine(values, units, stddev, decay=None, bias=0.0))
+
+
+def _affine(values, units, stddev, decay, bias):
+  inputs_per_image = values.shape[1:].num_elements()
+  weights, biases = _weights_and_biases(
+      [inputs_per_image, units], values.dtype, stddev, decay, bias)
+  values = tf.reshape(values, [-1, inputs_per_image])
+  return tf.nn.bias_add(tf.matmul(values, weights), biases)
+
+
+def _weights_and_biases(shape, dtype, stddev, decay, bias):
+  """Makes a layer's variables.
+
+  They are float32 in the CPU's memory, where all towers share them.
+
+  Args:
+    shape: of the weights; the last number is that of the outputs.
+    dtype: what the layer computes in.
+    stddev: of the truncated normal distribution of the initial weights.
+    decay: factor of the weights' L2 loss in the collection `losses`, or None.
+    bias: the initial biases.
+
+  Returns:
+    Weights and biases, as tensors of the dtype.
+  """
+  with tf.device('/cpu:0'):
+    weights = tf.get_variable(
+        'weights', shape, tf.float32, tf.truncated_normal_initializer(0, stddev))
+    biases = tf.get_variable(
+        'biases', shape[-1:], tf.float32, tf.constant_initializer(bias))
+  if decay is not None:
+    tf.add_to_collection(
+        'losses', tf.multiply(tf.nn.l2_loss(weights), decay, name='weight_loss'))
+  return tf.cast(weights, dtype), tf.cast(biases, dtype)
+
+
+def _activation(values):
+  """Remembers a layer's activations, for the summaries."""
+  tf.add_to_collection(tf.GraphKeys.ACTIVATIONS, values)
+  return values
+
+
+# Training.
+
+
+def loss(logits, labels, scope=None):
+  """Adds the mean cross entropy to the collection `losses`, and sums that up.
+
+  Args:
+    logits: float32 [batch, classes], from `inference`.
+    labels: int32 [batch], from `distorted_inputs`.
+    scope: the name scope whose losses count, as for a tower; None for all.
+
+  Returns:
+    Scalar float32: mean cross entropy plus weight decays.
+  """
+  cross_entropies = tf.nn.sparse_softmax_cross_entropy_with_logits(
+      labels=tf.cast(labels, tf.int64), logits=logits,
+      name='cross_entropy_per_example')
+  tf.add_to_collection(
+      'losses', tf.reduce_mean(cross_entropies, name='cross_entropy'))
+  return tf.add_n(tf.get_collection('losses', scope), name='total_loss')
+
+
+def train(total_loss, global_step, dataset=CIFAR10):
+  """Builds one step of training.
+
+  Args:
+    total_loss: scalar float32, from `loss`.
+    global_step: int64 variable, the number of steps done.
+    dataset: the `cifar10_input.Dataset`, whose size makes an epoch.
+
+  Returns:
+    The operation that does the step.
+  """
+  with tf.name_scope('train'):
+    optimizer = make_optimizer(global_step, FLAGS.batch_size, dataset)
+    return apply_gradients(
+        optimizer, optimizer.compute_gradients(total_loss), global_step,
+        tf.get_collection('losses') + [total_loss])
+
+
+def make_optimizer(global_step, examples_per_step, dataset=CIFAR10):
+  """Returns gradient descent whose learning rate falls every 350 epochs.
+
+  Args:
+    global_step: int64 variable, the number of steps done.
+    examples_per_step: images that one step learns from, over all towers.
+    dataset: the `cifar10_input.Dataset`, whose size makes an epoch.
+  """
+  decay_steps = max(1, int(
+      dataset.num_train_examples / examples_per_step * NUM_EPOCHS_PER_DECAY))
+  learning_rate = tf.train.exponential_decay(
+      INITIAL_LEARNING_RATE, global_step, decay_steps,
+      LEARNING_RATE_DECAY_FACTOR, staircase=True)
+  _scalar_summary('learning_rate', learning_rate)
+  return tf.train.GradientDescentOptimizer(learning_rate)
+
+
+def apply_gradients(optimizer, gradients, global_step, losses):
+  """Updates the variables and then their averages, and draws all summaries.
+
+  Args:
+    optimizer: from `make_optimizer`.
+    gradients: list of (gradient, variable) pairs.
+    global_step: int64 variable, raised by one.
+    losses: scalars whose names the summaries take.
+
+  Returns:
+    The operation that does all of it.
+  """
+  apply_gradient_op = optimizer.apply_gradients(gradients, global_step)
+  with tf.control_dependencies([apply_gradient_op]):
+    variable_averages = tf.train.ExponentialMovingAverage(
+        MOVING_AVERAGE_DECAY, global_step)
+    variable_averages_op = variable_averages.apply(tf.trainable_variables())
+  # The losses of single batches jump: their averages are for looking at.
+  loss_averages = tf.train.ExponentialMovingAverage(0.9, name='avg')
+  loss_averages_op = loss_averages.apply(losses)
+
+  for batch_loss in losses:
+    _scalar_summary(batch_loss.op.name + ' (raw)', batch_loss)
+    _scalar_summary(batch_loss.op.name, loss_averages.average(batch_loss))
+  for gradient, variable in gradients:
+    _histogram_summary(variable.op.name, variable)
+    _histogram_summary(variable.op.name + '/gradients', gradient)
+  _activation_summaries()
+  return tf.group(variable_averages_op, loss_averages_op, name='step')
+
+
+# Summaries. TensorFlow's own functions make tags from scopes (conv1/conv1_1,
+# total_loss__raw_); the operations below them take any tag.
+
+
+def without_tower(name):
+  """Returns an operation's name without the tower that it belongs to."""
+  return re.sub('^%s_[0-9]+/' % TOWER_NAME, '', name)
+
+
+def _summary(operation, **arguments):
+  with tf.name_scope(None), tf.name_scope('summaries/'), tf.device('/cpu:0'):
+    tf.add_to_collection(tf.GraphKeys.SUMMARIES, operation(**arguments))
+
+
+def _scalar_summary(tag, value):
+  _summary(tf.raw_ops.ScalarSummary, tags=tag, values=value)
+
+
+def _histogram_summary(tag, values):
+  _summary(tf.raw_ops.HistogramSummary, tag=tag, values=values)
+
+
+def _image_summary(tag, images):
+  _summary(tf.raw_ops.ImageSummary, tag=tag, tensor=images)
+
+
+def _activation_summaries():
+  """How each layer's activations are spread, and how many of them are zero."""
+  layers = {}  # The first tower speaks for all.
+  for values in tf.get_collection(tf.GraphKeys.ACTIVATIONS):
+    layers.setdefault(without_tower(os.path.dirname(values.op.name)), values)
+  for layer, values in layers.items():
+    with tf.name_scope(None), tf.name_scope('summaries/'):
+      zeros = tf.reduce_mean(tf.cast(tf.equal(values, 0), tf.float32))
+    _histogram_summary(layer + '/activations', values)
+    _scalar_summary(layer + '/sparsity', zeros)
+
+
+# What the scripts share beside the network.
+
+
+def define_data_flags():
+  """Defines the flags that choose a data set, for scripts that offer them."""
+  tf.flags.DEFINE_enum(
+      'dataset', CIFAR10.name, sorted(cifar10_input.DATASETS),
+      'What to learn from: CIFAR-10, or pictures that are generated here.')
+  tf.flags.DEFINE_string(
+      'data_url', None, 'Where to download the archive of the data set from '
+      '(http, https or file) instead of the place where it is published.')
+  tf.flags.DEFINE_string(
+      'data_sha256', None, 'Its checksum, if it is not the published archive.')
+  tf.flags.register_validator(
+      'data_url', lambda url: not url or re.match('(https?|file)://', url),
+      'must start with http://, https:// or file://')
+  tf.flags.register_validator(
+      'data_sha256', lambda sum: not sum or re.fullmatch('[0-9a-fA-F]{64}', sum),
+      'must be 64 hexadecimal digits')
+
+
+def prepare_dataset():
+  """Returns the data set that --dataset names, after a download if need be."""
+  dataset = cifar10_input.DATASETS[FLAGS.dataset]
+  maybe_download_and_extract(dataset, FLAGS.data_url, FLAGS.data_sha256)
+  return dataset
+
+
+def check_checkpoint(checkpoint, variables):
+  """Finds out before a session does that a checkpoint is not of this network.
+
+  Args:
+    checkpoint: its path, without a suffix.
+    variables: dict from a name in the checkpoint to the variable to restore.
+
+  Raises:
+    cifar10_input.UserError: it lacks a variable, or has it in another shape.
+  """
+  shapes = tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
+  for name, variable in variables.items():
+    if shapes.get(name) != variable.shape.as_list():
+      raise UserError(
+          '%s does not fit the network: %s is %s there and %s here.' % (
+              checkpoint, name, shapes.get(name, 'missing'),
+              variable.shape.as_list()))
+
+
+def run(main):
+  """Parses the flags, runs a script's `main(argv)` and exits with its result.
+
+  What a user can mend is one line on stderr: exit code 2 for flags, 1 for all
+  else. Ctrl-C and SIGTERM give 130 and 143.
+  """
+  def interrupt(signum, frame):
+    raise KeyboardInterrupt(signal.Signals(signum))
+
+  def fail(code, message):
+    print('%s: %s' % (os.path.basename(sys.argv[0]), message), file=sys.stderr)
+    sys.exit(code)
+
+  for signum in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signum, interrupt)
+  tf.flags.DEFINE_boolean('help', False, 'Show this.', short_name='h')
+  try:
+    argv = FLAGS(sys.argv)
+    if FLAGS.help:
+      print(sys.modules['__main__'].__doc__ + FLAGS.main_module_help())
+      sys.exit(0)
+    if argv[1:]:
+      raise tf.flags.Error('what is %r? Flags look like --name=value' % argv[1])
+    sys.exit(main(argv))
+  except tf.flags.Error as error:
+    # A parser's own message may not say which values are allowed.
+    flag = re.search(r'flag --(\w+)=', str(error))
+    allowed = FLAGS[flag[1]].parser.syntactic_help if flag else ''
+    fail(2, '%s%s' % (error, allowed and ' (allowed: %s)' % allowed))
+  except UserError as error:
+    fail(1, error)
+  except KeyboardInterrupt as interruption:
+    signum, = interruption.args
+    fail(128 + signum, 'stopped by %s.' % signum.name)
