@@ -490,10 +490,12 @@ def distorted_inputs(data_dir, batch_size, dataset=CIFAR10):
   paths = check_files(dataset, data_dir, dataset.train_files)
   min_queue_examples = int(
       dataset.num_train_examples * MIN_FRACTION_OF_EXAMPLES_IN_QUEUE)
+  capacity = min_queue_examples + 3 * batch_size
   with tf.name_scope('input'):
     queue = tf.RandomShuffleQueue(
-        min_queue_examples + 3 * batch_size, min_queue_examples,
-        [tf.uint8], [[dataset.record_bytes]], name='shuffle_queue')
+        capacity, min_queue_examples, [tf.uint8], [[dataset.record_bytes]],
+        name='shuffle_queue')
+    tf.summary.scalar('shuffle_queue_fullness', queue.size() / capacity)
     _fill(queue, tf.train.string_input_producer(paths), dataset)
     images, labels = parse_records(queue.dequeue_many(batch_size), dataset)
     images = distort(images, draw_distortions(batch_size, dataset))
