@@ -351,10 +351,10 @@ def read_cifar10(filename_queue, dataset=CIFAR10):
   """
   reader = tf.FixedLengthRecordReader(dataset.record_bytes)
   key, value = reader.read(filename_queue)
-  images, label = parse_records(_to_records([value], dataset), dataset)
+  planes, label = parse_records(_to_records([value], dataset), dataset)
   return types.SimpleNamespace(
       height=dataset.height, width=dataset.width, depth=dataset.depth,
-      key=key, label=label, uint8image=images[0])
+      key=key, label=label, uint8image=tf.stack(tf.unstack(planes[0]), axis=2))
 
 
 def _to_records(values, dataset):
@@ -371,15 +371,13 @@ def parse_records(records, dataset):
     dataset: the `Dataset` that says how a record is laid out.
 
   Returns:
-    images: uint8 [n, height, width, depth].
+    planes: uint8 [n, depth, height, width].
     labels: int32 [n].
   """
   labels = tf.cast(records[:, dataset.label_bytes - 1], tf.int32)
   planes = tf.reshape(records[:, dataset.label_bytes:],
                       [-1, dataset.depth, dataset.height, dataset.width])
-  # Not a transposition: of single bytes, TensorFlow has no fast one on CPUs and
-  # complains about that.
-  return tf.stack(tf.unstack(planes, axis=1), axis=3), labels
+  return planes, labels
 
 
 def _fill(queue, filename_queue, dataset):
@@ -425,18 +423,21 @@ def no_distortions(batch_size, dataset=CIFAR10):
       False, 0.0, 1.0)))
 
 
-def distort(images, distortions):
+def distort(planes, distortions):
   """Crops, flips, recolours and standardizes a batch of images.
 
+  It works plane by plane, as records have them: a CPU runs along a row of
+  pixels much faster than from one channel of a pixel to the next.
+
   Args:
-    images: uint8 [batch, height, width, depth].
+    planes: uint8 [batch, depth, height, width].
     distortions: the batch's `Distortions`.
 
   Returns:
     float32 [batch, IMAGE_SIZE, IMAGE_SIZE, depth], each image with mean 0 and,
     unless it is all of one colour, standard deviation 1.
   """
-  crops = tf.cast(_crop_and_flip(images, distortions), tf.float32)
+  crops = _crop_and_flip(planes, distortions)
   brightness, contrast = (
       tf.reshape(values, [-1, 1, 1, 1])
       for values in (distortions.brightness, distortions.contrast))
@@ -445,28 +446,31 @@ def distort(images, distortions):
   # contrast change a channel's mean and variance in a way that we can work out
   # without the pixels, and one pass over them does for all three operations.
   # (Standardization takes back whatever brightness does; the tutorial has it.)
-  means, variances = tf.nn.moments(crops, [1, 2], keepdims=True)
+  means, variances = tf.nn.moments(crops, [2, 3], keepdims=True)
   channel_means = means + brightness
-  offsets = channel_means - tf.reduce_mean(channel_means, 3, keepdims=True)
+  offsets = channel_means - tf.reduce_mean(channel_means, 1, keepdims=True)
   variance = tf.reduce_mean(
-      tf.square(contrast) * variances + tf.square(offsets), 3, keepdims=True)
+      tf.square(contrast) * variances + tf.square(offsets), 1, keepdims=True)
   # As tf.image.per_image_standardization: never divide by (almost) nothing.
-  num_values = IMAGE_SIZE * IMAGE_SIZE * images.shape.as_list()[-1]
+  num_values = crops.shape[1:].num_elements()
   scale = 1 / tf.maximum(tf.sqrt(variance), num_values ** -0.5)
-  return (crops - means) * (contrast * scale) + offsets * scale
+  standardized = (crops - means) * (contrast * scale) + offsets * scale
+  return tf.transpose(standardized, [0, 2, 3, 1])
 
 
-def _crop_and_flip(images, distortions):
-  """Returns uint8 [batch, IMAGE_SIZE, IMAGE_SIZE, depth] for `distort`."""
-  _, height, width, depth = images.shape.as_list()
+def _crop_and_flip(planes, distortions):
+  """Returns float32 [batch, depth, IMAGE_SIZE, IMAGE_SIZE] for `distort`."""
+  _, depth, _, width = planes.shape.as_list()
   steps = tf.range(IMAGE_SIZE)
   rows = distortions.top[:, tf.newaxis] + steps
   columns = distortions.left[:, tf.newaxis] + tf.where_v2(
       distortions.flip[:, tf.newaxis], steps[::-1], steps)
-  pixels = tf.reshape(images, [-1, height * width, depth])
-  return tf.gather(
-      pixels, rows[:, :, tf.newaxis] * width + columns[:, tf.newaxis, :],
-      batch_dims=1)
+  # Whole rows are gathered. Columns, single pixels, are not: a product with a
+  # matrix of zeros and ones selects them just as exactly, and faster.
+  values = tf.cast(tf.gather(planes, rows, axis=2, batch_dims=1), tf.float32)
+  selected = tf.matmul(tf.reshape(values, [-1, depth * IMAGE_SIZE, width]),
+                       tf.one_hot(columns, width, axis=1))
+  return tf.reshape(selected, [-1, depth, IMAGE_SIZE, IMAGE_SIZE])
 
 
 # The two inputs of the network.
@@ -497,8 +501,8 @@ def distorted_inputs(data_dir, batch_size, dataset=CIFAR10):
         name='shuffle_queue')
     tf.summary.scalar('shuffle_queue_fullness', queue.size() / capacity)
     _fill(queue, tf.train.string_input_producer(paths), dataset)
-    images, labels = parse_records(queue.dequeue_many(batch_size), dataset)
-    images = distort(images, draw_distortions(batch_size, dataset))
+    planes, labels = parse_records(queue.dequeue_many(batch_size), dataset)
+    images = distort(planes, draw_distortions(batch_size, dataset))
   print('Filling queue with %d %s images before starting to train. '
         'This will take a few seconds.' % (min_queue_examples, dataset.title),
         flush=True)
@@ -529,8 +533,8 @@ def inputs(eval_data, data_dir, batch_size, dataset=CIFAR10):
         4 * max(batch_size, _RECORDS_PER_READ), [tf.uint8],
         [[dataset.record_bytes]], name='queue')
     _fill(queue, _queue_once(paths), dataset)
-    images, labels = parse_records(queue.dequeue_up_to(batch_size), dataset)
-    images = distort(images, no_distortions(tf.shape(images)[0], dataset))
+    planes, labels = parse_records(queue.dequeue_up_to(batch_size), dataset)
+    images = distort(planes, no_distortions(tf.shape(planes)[0], dataset))
   return images, labels
 
 
