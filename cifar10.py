@@ -13,6 +13,8 @@ import re
 import signal
 import sys
 
+import numpy as np
+
 import cifar10_input
 from cifar10_input import (  # Known to readers as constants of this module.
     IMAGE_SIZE, NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_EVAL,
@@ -25,8 +27,8 @@ tf.flags.DEFINE_integer('batch_size', 128, 'Images a batch.', lower_bound=1)
 tf.flags.DEFINE_string(
     'data_dir', '/tmp/cifar10_data', 'Where the data sets lie.')
 tf.flags.DEFINE_boolean(
-    'use_fp16', False,
-    'Compute activations in 16-bit floating point; variables stay in 32.')
+    'use_fp16', False, 'Compute activations in float16, on GPUs; variables and '
+    'losses stay in float32.')
 
 # The recipe of training.
 MOVING_AVERAGE_DECAY = 0.9999     # Of the variables, for evaluation.
@@ -79,18 +81,21 @@ def inputs(eval_data, dataset=CIFAR10):
 # The network.
 
 
-def inference(images, num_classes=NUM_CLASSES):
+def inference(images, num_classes=NUM_CLASSES, dtype=None):
   """Builds the network.
 
   Args:
     images: float32 [batch, IMAGE_SIZE, IMAGE_SIZE, 3].
     num_classes: how many classes to tell apart.
+    dtype: what convolutions and matrix products are computed in; by default
+      float32, or float16 under --use_fp16.
 
   Returns:
     Logits, float32 [batch, num_classes]; `tf.nn.softmax` makes them
     probabilities.
   """
-  images = tf.cast(images, _activation_dtype())
+  default_dtype = tf.float16 if FLAGS.use_fp16 else tf.float32
+  images = tf.cast(images, dtype or default_dtype)
   conv1 = _convolution('conv1', images, channels=64, bias=0.0)
   pool1 = _max_pooling('pool1', conv1)
   norm1 = _local_response_normalization('norm1', pool1)
@@ -101,16 +106,6 @@ def inference(images, num_classes=NUM_CLASSES):
   local4 = _fully_connected('local4', local3, 192, stddev=0.04, decay=0.004)
   logits = _linear('softmax_linear', local4, num_classes, stddev=1 / 192.0)
   return tf.cast(logits, tf.float32)
-
-
-def _activation_dtype():
-  if not FLAGS.use_fp16:
-    return tf.float32
-  if not tf.config.list_physical_devices('GPU'):
-    tf.logging.log_first_n(
-        tf.logging.WARN, '--use_fp16 is for GPUs: on this CPU, 16-bit floating '
-        'point is slower than 32-bit.', 1)
-  return tf.float16
 
 
 def _convolution(name, images, channels, bias):
@@ -129,9 +124,56 @@ def _max_pooling(name, images):
 
 
 def _local_response_normalization(name, images):
-  # Krizhevsky et al. 2012, section 3.3, with the constants of cuda-convnet.
-  return tf.nn.lrn(
-      images, depth_radius=4, bias=1.0, alpha=0.001 / 9.0, beta=0.75, name=name)
+  # The constants are those of cuda-convnet.
+  with tf.name_scope(name):
+    return local_response_normalization(
+        images, depth_radius=4, bias=1.0, alpha=0.001 / 9.0)
+
+
+def local_response_normalization(images, depth_radius, bias, alpha):
+  """Divides each value by what its neighbouring channels amount to.
+
+  Krizhevsky et al. 2012, section 3.3, with beta = 0.75:
+
+      s = bias + alpha * (sum of x^2 over the channels within depth_radius)
+      y = x * s^-beta
+      dx = dy * s^-beta - 2 * alpha * beta * x * (sum of dy * y / s, likewise)
+
+  as `tf.nn.lrn` computes it, but in operations that a CPU is good at. A sum over
+  neighbouring channels is a product with a band matrix of ones, which is a 1x1
+  convolution; s^-0.75 is two square roots. Both are computed in float32.
+
+  Args:
+    images: [batch, height, width, channels], of any floating-point type.
+    depth_radius: int, in channels.
+    bias, alpha: float.
+
+  Returns:
+    The same shape and type.
+  """
+  channel = np.arange(images.shape.as_list()[-1])
+  band = np.abs(channel[:, np.newaxis] - channel) <= depth_radius
+
+  def sum_over_neighbours(values, factor):
+    kernel = tf.constant(band[np.newaxis, np.newaxis] * factor, tf.float32)
+    return tf.nn.conv2d(values, kernel, strides=1, padding='SAME')
+
+  @tf.custom_gradient
+  def normalize(images):
+    x = tf.cast(images, tf.float32)
+    s = tf.nn.bias_add(
+        sum_over_neighbours(tf.square(x), alpha), [bias] * len(band))
+    root = tf.rsqrt(s)
+    power = root * tf.sqrt(root)
+
+    def gradient(dy):
+      direct = tf.cast(dy, tf.float32) * power
+      by_neighbours = sum_over_neighbours(direct * x / s, 2 * alpha * 0.75)
+      return tf.cast(direct - x * by_neighbours, dy.dtype)
+
+    return tf.cast(x * power, images.dtype), gradient
+
+  return normalize(images)
 
 
 def _fully_connected(name, values, units, stddev, decay):
@@ -316,8 +358,11 @@ def _activation_summaries():
 # What the scripts share beside the network.
 
 
-def define_data_flags():
-  """Defines the flags that choose a data set, for scripts that offer them."""
+def define_flags():
+  """Defines what all scripts offer beside the flags of this module."""
+  tf.flags.DEFINE_boolean(
+      'use_bfloat16', False, 'Compute activations in bfloat16, on GPUs and on '
+      'CPUs with AVX512-BF16 or AMX; variables and losses stay in float32.')
   tf.flags.DEFINE_enum(
       'dataset', CIFAR10.name, sorted(cifar10_input.DATASETS),
       'What to learn from: CIFAR-10, or pictures that are generated here.')
@@ -326,12 +371,33 @@ def define_data_flags():
       '(http, https or file) instead of the place where it is published.')
   tf.flags.DEFINE_string(
       'data_sha256', None, 'Its checksum, if it is not the published archive.')
+  tf.flags.mark_bool_flags_as_mutual_exclusive(['use_fp16', 'use_bfloat16'])
   tf.flags.register_validator(
       'data_url', lambda url: not url or re.match('(https?|file)://', url),
       'must start with http://, https:// or file://')
   tf.flags.register_validator(
       'data_sha256', lambda sum: not sum or re.fullmatch('[0-9a-fA-F]{64}', sum),
       'must be 64 hexadecimal digits')
+
+
+def activation_dtype():
+  """Returns what the flags say, with a warning where that is not wise."""
+  if not tf.config.list_physical_devices('GPU'):
+    if FLAGS.use_fp16:
+      tf.logging.warning('--use_fp16 is for GPUs: on a CPU it is slow.')
+    if FLAGS.use_bfloat16 and not _cpu_has('avx512_bf16|amx_bf16'):
+      tf.logging.warning('--use_bfloat16 is slow on this CPU, which has neither '
+                         'AVX512-BF16 nor AMX.')
+  return (tf.float16 if FLAGS.use_fp16 else
+          tf.bfloat16 if FLAGS.use_bfloat16 else tf.float32)
+
+
+def _cpu_has(features):
+  try:
+    with open('/proc/cpuinfo') as cpuinfo:
+      return re.search(features, cpuinfo.read())
+  except OSError:
+    return True  # Only Linux tells.
 
 
 def prepare_dataset():

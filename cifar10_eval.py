@@ -15,7 +15,7 @@ from cifar10_input import UserError, tf
 
 FLAGS = tf.flags.FLAGS
 
-cifar10.define_data_flags()
+cifar10.define_flags()
 tf.flags.DEFINE_string(
     'eval_dir', '/tmp/cifar10_eval', 'Where event files are written.')
 tf.flags.DEFINE_enum(
@@ -44,7 +44,8 @@ def evaluate():
   with tf.Graph().as_default() as graph:
     with tf.device('/cpu:0'):
       images, labels = cifar10.inputs(FLAGS.eval_data == 'test', dataset)
-    logits = cifar10.inference(images, len(dataset.classes))
+    logits = cifar10.inference(
+        images, len(dataset.classes), cifar10.activation_dtype())
     # The averages of the variables stand in for the variables.
     variables = tf.train.ExponentialMovingAverage(
         cifar10.MOVING_AVERAGE_DECAY).variables_to_restore()

@@ -20,7 +20,7 @@ from cifar10_input import UserError, tf
 
 FLAGS = tf.flags.FLAGS
 
-cifar10.define_data_flags()
+cifar10.define_flags()
 tf.flags.DEFINE_string(
     'train_dir', '/tmp/cifar10_train',
     'Where checkpoints and event files are written.')
@@ -65,7 +65,8 @@ def build_step(dataset, global_step):
   # The input belongs on the CPU, so that a GPU is left to the network.
   with tf.device('/cpu:0'):
     images, labels = cifar10.distorted_inputs(dataset)
-  logits = cifar10.inference(images, len(dataset.classes))
+  logits = cifar10.inference(
+      images, len(dataset.classes), cifar10.activation_dtype())
   loss = cifar10.loss(logits, labels)
   return cifar10.train(loss, global_step, dataset), loss
 
