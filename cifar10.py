@@ -49,7 +49,7 @@ def maybe_download_and_extract(dataset=CIFAR10, url=None, sha256=None):
       dataset, FLAGS.data_dir, url, sha256)
 
 
-def distorted_inputs(dataset=CIFAR10, batch_size=None):
+def distorted_inputs(dataset=CIFAR10, batch_size=None, num_threads=None):
   """Builds the input of training, from --data_dir; see `cifar10_input`.
 
   Returns:
@@ -59,7 +59,7 @@ def distorted_inputs(dataset=CIFAR10, batch_size=None):
   """
   images, labels = cifar10_input.distorted_inputs(
       os.path.join(FLAGS.data_dir, dataset.folder),
-      batch_size or FLAGS.batch_size, dataset)
+      batch_size or FLAGS.batch_size, dataset, num_threads)
   _image_summary('images', images)
   return images, labels
 

@@ -6,10 +6,11 @@
 A training batch takes the road that the tutorial teaches, one queue after
 another, each filled by threads that run beside the network:
 
-    file names -> queue -> records -> shuffle queue -> batch -> distortion
+    file names -> queue -> records -> shuffle queue -> distortion -> queue
 
 The shuffle queue holds records as they lie on disk, one byte a value; a batch
-is distorted when it has left the queue, all of its images at once.
+is distorted when it has left that queue, all of its images at once, and then
+waits in the last queue, so that the network never does.
 """
 import collections
 import contextlib
@@ -67,6 +68,9 @@ MIN_FRACTION_OF_EXAMPLES_IN_QUEUE = 0.4
 # Records that one run of the reader moves. Moved one by one, the way through
 # Python's threads costs more than the network's input is worth.
 _RECORDS_PER_READ = 256
+
+# Distorted batches that wait for the network.
+_BATCHES_AHEAD = 4
 
 _DOWNLOAD_TIMEOUT_SECS = 60
 
@@ -476,13 +480,15 @@ def _crop_and_flip(planes, distortions):
 # The two inputs of the network.
 
 
-def distorted_inputs(data_dir, batch_size, dataset=CIFAR10):
+def distorted_inputs(data_dir, batch_size, dataset=CIFAR10, num_threads=None):
   """Builds the input of training: batches drawn at random, without end.
 
   Args:
     data_dir: folder with the data set's files.
     batch_size: images a batch.
     dataset: the `Dataset`.
+    num_threads: how many threads distort batches; by default one for every
+      four processors, for the operations inside are parallel themselves.
 
   Returns:
     images: float32 [batch_size, IMAGE_SIZE, IMAGE_SIZE, 3].
@@ -503,6 +509,13 @@ def distorted_inputs(data_dir, batch_size, dataset=CIFAR10):
     _fill(queue, tf.train.string_input_producer(paths), dataset)
     planes, labels = parse_records(queue.dequeue_many(batch_size), dataset)
     images = distort(planes, draw_distortions(batch_size, dataset))
+    batches = tf.FIFOQueue(
+        _BATCHES_AHEAD, [images.dtype, labels.dtype],
+        [images.shape, labels.shape], name='batches')
+    tf.train.add_queue_runner(tf.train.QueueRunner(
+        batches, [batches.enqueue([images, labels])]
+        * (num_threads or max(1, os.cpu_count() // 4))))
+    images, labels = batches.dequeue()
   print('Filling queue with %d %s images before starting to train. '
         'This will take a few seconds.' % (min_queue_examples, dataset.title),
         flush=True)

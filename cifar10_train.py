@@ -42,6 +42,9 @@ tf.flags.DEFINE_integer(
 tf.flags.DEFINE_integer(
     'seed', None, 'Draw the same weights and distortions in each run. (The '
     'order of the images still depends on the threads that read them.)')
+tf.flags.DEFINE_integer(
+    'num_preprocess_threads', None, 'Threads that distort images; by default one '
+    'for every four processors.', lower_bound=1)
 tf.flags.DEFINE_boolean(
     'log_device_placement', False, 'Show which device each operation is on.')
 tf.flags.adopt_module_key_flags(cifar10)
@@ -64,7 +67,8 @@ def build_step(dataset, global_step):
   """
   # The input belongs on the CPU, so that a GPU is left to the network.
   with tf.device('/cpu:0'):
-    images, labels = cifar10.distorted_inputs(dataset)
+    images, labels = cifar10.distorted_inputs(
+        dataset, num_threads=FLAGS.num_preprocess_threads)
   logits = cifar10.inference(
       images, len(dataset.classes), cifar10.activation_dtype())
   loss = cifar10.loss(logits, labels)
