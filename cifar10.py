@@ -139,9 +139,9 @@ def local_response_normalization(images, depth_radius, bias, alpha):
       y = x * s^-beta
       dx = dy * s^-beta - 2 * alpha * beta * x * (sum of dy * y / s, likewise)
 
-  as `tf.nn.lrn` computes it, but in operations that a CPU is good at. A sum over
-  neighbouring channels is a product with a band matrix of ones, which is a 1x1
-  convolution; s^-0.75 is two square roots. Both are computed in float32.
+  as `tf.nn.lrn` computes it, but in operations that a CPU is good at. To sum
+  over neighbouring channels is to multiply with a band matrix of ones, which is
+  a 1x1 convolution; s^-0.75 is two square roots. All of it is in float32.
 
   Args:
     images: [batch, height, width, channels], of any floating-point type.
@@ -214,12 +214,13 @@ def _weights_and_biases(shape, dtype, stddev, decay, bias):
   """
   with tf.device('/cpu:0'):
     weights = tf.get_variable(
-        'weights', shape, tf.float32, tf.truncated_normal_initializer(0, stddev))
+        'weights', shape,
+        initializer=tf.truncated_normal_initializer(stddev=stddev))
     biases = tf.get_variable(
-        'biases', shape[-1:], tf.float32, tf.constant_initializer(bias))
+        'biases', shape[-1:], initializer=tf.constant_initializer(bias))
   if decay is not None:
-    tf.add_to_collection(
-        'losses', tf.multiply(tf.nn.l2_loss(weights), decay, name='weight_loss'))
+    weight_loss = tf.multiply(tf.nn.l2_loss(weights), decay, name='weight_loss')
+    tf.add_to_collection('losses', weight_loss)
   return tf.cast(weights, dtype), tf.cast(biases, dtype)
 
 
@@ -376,7 +377,8 @@ def define_flags():
       'data_url', lambda url: not url or re.match('(https?|file)://', url),
       'must start with http://, https:// or file://')
   tf.flags.register_validator(
-      'data_sha256', lambda sum: not sum or re.fullmatch('[0-9a-fA-F]{64}', sum),
+      'data_sha256', lambda sha: not sha or re.fullmatch('[0-9a-fA-F]{64}',
+                                                         sha),
       'must be 64 hexadecimal digits')
 
 
@@ -386,7 +388,7 @@ def activation_dtype():
     if FLAGS.use_fp16:
       tf.logging.warning('--use_fp16 is for GPUs: on a CPU it is slow.')
     if FLAGS.use_bfloat16 and not _cpu_has('avx512_bf16|amx_bf16'):
-      tf.logging.warning('--use_bfloat16 is slow on this CPU, which has neither '
+      tf.logging.warning('--use_bfloat16 is slow on this CPU: it has neither '
                          'AVX512-BF16 nor AMX.')
   return (tf.float16 if FLAGS.use_fp16 else
           tf.bfloat16 if FLAGS.use_bfloat16 else tf.float32)
@@ -451,12 +453,20 @@ def run(main):
       raise tf.flags.Error('what is %r? Flags look like --name=value' % argv[1])
     sys.exit(main(argv))
   except tf.flags.Error as error:
-    # A parser's own message may not say which values are allowed.
-    flag = re.search(r'flag --(\w+)=', str(error))
-    allowed = FLAGS[flag[1]].parser.syntactic_help if flag else ''
-    fail(2, '%s%s' % (error, allowed and ' (allowed: %s)' % allowed))
+    fail(2, '%s%s' % (error, _allowed(error)))
   except UserError as error:
     fail(1, error)
   except KeyboardInterrupt as interruption:
     signum, = interruption.args
     fail(128 + signum, 'stopped by %s.' % signum.name)
+
+
+def _allowed(error):
+  """Says which values a flag may have, where a parser's message does not."""
+  match = re.search(r'flag --(\w+)=', str(error))
+  if not match:
+    return ''
+  flag = FLAGS[match[1]]
+  allowed = ('true or false' if flag.flag_type() == 'bool'
+             else flag.parser.syntactic_help)
+  return ' (allowed: %s)' % allowed if allowed else ''

@@ -78,8 +78,9 @@ def _checkpoints():
       folder, FLAGS.eval_interval_secs, FLAGS.eval_timeout_secs or None):
     yield checkpoint
   if checkpoint is None:
-    raise UserError('no checkpoint came to --checkpoint_dir=%s in '
-                    '--eval_timeout_secs=%d.' % (folder, FLAGS.eval_timeout_secs))
+    raise UserError(
+        'no checkpoint came to --checkpoint_dir=%s in --eval_timeout_secs=%d.'
+        % (folder, FLAGS.eval_timeout_secs))
 
 
 def eval_once(checkpoint, scaffold, summary_writer, fetches, classes):

@@ -15,6 +15,7 @@ waits in the last queue, so that the network never does.
 import collections
 import contextlib
 import dataclasses
+import gzip
 import hashlib
 import logging
 import os
@@ -216,13 +217,14 @@ def _download(dataset, data_dir, url, sha256):
     os.replace(partial, archive)
     return archive
   except Exception as error:  # get_file raises nothing more precise.
-    if isinstance(error, ValueError):
-      os.remove(partial)  # get_file removes all broken downloads but this.
-      error = '%s has not the SHA-256 %s' % (url, sha256)
+    reason = str(error).split(url + ': ')[-1].replace('None -- ', '')
+    if os.path.exists(partial):  # get_file removes all broken ones but this.
+      os.remove(partial)
+      reason = 'its SHA-256 is not %s' % sha256
     raise UserError(
-        '%s. Name a mirror with --data_url, put the archive in place as %s, or '
-        'take --dataset=synthetic, which needs no download.'
-        % (error, archive)) from None
+        '%s cannot be used: %s. Name a mirror with --data_url, put the archive '
+        'in place as %s, or take --dataset=synthetic, which needs no download.'
+        % (url, reason, archive)) from error
   finally:
     socket.setdefaulttimeout(timeout)
 
@@ -236,18 +238,18 @@ def _sha256(path):
 
 
 def _extract(archive, dataset, destination):
-  """Extracts the data set's files, and nothing else that an archive may hold."""
+  """Extracts the data set's files, and nothing else that is in an archive."""
   missing = {'%s/%s' % (dataset.folder, name): name for name in dataset.files}
   print('Extracting %s' % archive, flush=True)
   try:
-    with tarfile.open(archive) as tar:
+    with tarfile.open(archive, 'r:gz') as tar:
       for member in tar:
         name = missing.get(member.name)
         if name and member.isfile() and member.size == dataset.size_bytes(name):
           with open(os.path.join(destination, name), 'wb') as f:
             shutil.copyfileobj(tar.extractfile(member), f)
           del missing[member.name]
-  except (tarfile.TarError, EOFError, zlib.error) as error:
+  except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
     raise UserError('%s cannot be extracted (%s): delete it and start again.'
                     % (archive, error)) from error
   if missing:
@@ -385,7 +387,7 @@ def parse_records(records, dataset):
 
 
 def _fill(queue, filename_queue, dataset):
-  """Starts with the session a thread that moves records from files to a queue."""
+  """Adds a thread to the session that moves records from files to a queue."""
   reader = tf.FixedLengthRecordReader(dataset.record_bytes)
   _, values = reader.read_up_to(filename_queue, _RECORDS_PER_READ)
   enqueue = queue.enqueue_many([_to_records(values, dataset)])
@@ -506,7 +508,8 @@ def distorted_inputs(data_dir, batch_size, dataset=CIFAR10, num_threads=None):
         capacity, min_queue_examples, [tf.uint8], [[dataset.record_bytes]],
         name='shuffle_queue')
     tf.summary.scalar('shuffle_queue_fullness', queue.size() / capacity)
-    _fill(queue, tf.train.string_input_producer(paths), dataset)
+    _fill(queue, tf.train.string_input_producer(
+        paths, name='file_names'), dataset)
     planes, labels = parse_records(queue.dequeue_many(batch_size), dataset)
     images = distort(planes, draw_distortions(batch_size, dataset))
     batches = tf.FIFOQueue(
@@ -539,8 +542,8 @@ def inputs(eval_data, data_dir, batch_size, dataset=CIFAR10):
   Raises:
     UserError: a file is not as the data set's description says.
   """
-  paths = check_files(
-      dataset, data_dir, dataset.eval_files if eval_data else dataset.train_files)
+  files = dataset.eval_files if eval_data else dataset.train_files
+  paths = check_files(dataset, data_dir, files)
   with tf.name_scope('input'):
     queue = tf.FIFOQueue(
         4 * max(batch_size, _RECORDS_PER_READ), [tf.uint8],

@@ -61,7 +61,8 @@ def tower_devices(num_towers):
   devices = ['/gpu:%d' % (i % len(gpus)) if gpus else '/cpu:0'
              for i in range(num_towers)]
   if len(gpus) < num_towers:
-    print('There are %d GPUs for --num_gpus=%d.' % (len(gpus), num_towers))
+    print('There are %d GPUs for --num_gpus=%d: the towers share what there is.'
+          % (len(gpus), num_towers))
   for i, device in enumerate(devices):
     print('%s_%d is on %s.' % (cifar10.TOWER_NAME, i, device))
   return devices
@@ -108,9 +109,12 @@ def average_gradients(tower_grads):
   Returns:
     A list of (gradient, variable) pairs.
   """
-  return [(_average(gradients, variables[0].op.name + '/gradient'), variables[0])
-          for gradients, variables in (
-              zip(*grads_and_vars) for grads_and_vars in zip(*tower_grads))]
+  average_grads = []
+  for grads_and_vars in zip(*tower_grads):
+    gradients, (variable, *_) = zip(*grads_and_vars)
+    gradient = _average(gradients, variable.op.name + '/gradient')
+    average_grads.append((gradient, variable))
+  return average_grads
 
 
 def _average(tensors, name):

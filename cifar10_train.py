@@ -43,8 +43,8 @@ tf.flags.DEFINE_integer(
     'seed', None, 'Draw the same weights and distortions in each run. (The '
     'order of the images still depends on the threads that read them.)')
 tf.flags.DEFINE_integer(
-    'num_preprocess_threads', None, 'Threads that distort images; by default one '
-    'for every four processors.', lower_bound=1)
+    'num_preprocess_threads', None, 'Threads that distort images; by default '
+    'one for every four processors.', lower_bound=1)
 tf.flags.DEFINE_boolean(
     'log_device_placement', False, 'Show which device each operation is on.')
 tf.flags.adopt_module_key_flags(cifar10)
@@ -100,8 +100,11 @@ def run_training(build, examples_per_step):
     if checkpoint:
       cifar10.check_checkpoint(
           checkpoint, {v.op.name: v for v in tf.global_variables()})
+    # Relative paths, so that train_dir may be moved.
+    saver = tf.train.Saver(save_relative_paths=True)
     with tf.train.MonitoredTrainingSession(
         checkpoint_dir=FLAGS.train_dir,
+        scaffold=tf.train.Scaffold(saver=saver),
         save_checkpoint_secs=FLAGS.save_checkpoint_secs,
         save_summaries_steps=FLAGS.save_summary_steps,
         log_step_count_steps=FLAGS.save_summary_steps,
@@ -121,14 +124,14 @@ def run_training(build, examples_per_step):
 
 
 def _prepare_train_dir():
-  """Makes --train_dir ready. Returns the checkpoint to continue from, or None."""
+  """Makes --train_dir ready. Returns the checkpoint to go on from, or None."""
   try:
     os.makedirs(FLAGS.train_dir, exist_ok=True)
     if FLAGS.overwrite:
       _remove_earlier_run()
   except OSError as error:
-    raise UserError(
-        '--train_dir=%s cannot be used: %s' % (FLAGS.train_dir, error)) from error
+    raise UserError('--train_dir=%s cannot be used: %s'
+                    % (FLAGS.train_dir, error)) from error
   if not os.access(FLAGS.train_dir, os.W_OK):
     raise UserError('--train_dir=%s cannot be written to.' % FLAGS.train_dir)
   return tf.train.latest_checkpoint(FLAGS.train_dir)
@@ -175,7 +178,7 @@ class LoggerHook(tf.train.SessionRunHook):
     loss_value = run_values.results
     if not math.isfinite(loss_value):
       raise UserError(
-          'the loss is %s at step %d. The last checkpoint in %s is from before: '
+          'the loss is %s at step %d. The last checkpoint in %s is older: '
           'start again to try from there.'
           % (loss_value, self._step, FLAGS.train_dir))
     self._steps_since_line += 1

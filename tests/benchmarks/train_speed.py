@@ -1,0 +1,272 @@
+"""How fast a training step is, beside the plain formulation and the limit.
+
+    python tests/benchmarks/train_speed.py      # about half an hour
+
+Every figure comes from a process of its own, and the variants take turns, so
+that all of them see a noisy machine alike: compare figures of one run only.
+The limit is our step without its local response normalizations and with one
+constant batch for input, which leaves the convolutions and matrix products.
+Prints tables; writes results/train_speed.json and train_speed.png beside it.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+START = time.time()
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
+
+WARM_UP_STEPS = 10
+TIMED_STEPS = 40
+
+# The variants that take turns: suite, dtype, whether with input.
+VARIANTS = [(suite, dtype, input_)
+            for suite in ('plain', 'ours', 'limit')
+            for dtype in ('float32', 'bfloat16')
+            for input_ in (True, False)]
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--rounds', type=int, default=7)
+  parser.add_argument('--worker', help='JSON; used by the benchmark itself')
+  args = parser.parse_args()
+  if args.worker:
+    print(json.dumps(work(**json.loads(args.worker))))
+    return
+  with tempfile.TemporaryDirectory() as data_dir:
+    write_records(data_dir)
+    results = {
+        'machine': machine(),
+        'steps': take_turns(VARIANTS, args.rounds, data_dir),
+        'growth': grow(max(1, args.rounds // 2), data_dir),
+    }
+  os.makedirs(os.path.join(HERE, 'results'), exist_ok=True)
+  with open(os.path.join(HERE, 'results', 'train_speed.json'), 'w') as f:
+    json.dump(results, f, indent=1)
+  print_tables(results)
+  draw(results, os.path.join(HERE, 'results', 'train_speed.png'))
+
+
+def machine():
+  """Returns what a reader must know to compare figures."""
+  from importlib import metadata
+  import platform
+  with open('/proc/cpuinfo') as f:
+    cpuinfo = dict(line.split(':', 1) for line in f if ':' in line)
+  fields = {key.strip(): value.strip() for key, value in cpuinfo.items()}
+  features = set(fields['flags'].split())
+  return {
+      'cpu': fields['model name'],
+      'processors': os.cpu_count(),
+      'features': sorted(features & {
+          'avx2', 'avx512f', 'avx512_bf16', 'avx512_fp16', 'avx512_vnni',
+          'amx_tile', 'amx_bf16'}),
+      'python': platform.python_version(),
+      'versions': {name: metadata.version(name)
+                   for name in ('tensorflow', 'numpy', 'keras')},
+      'date': time.strftime('%Y-%m-%d'),
+  }
+
+
+def write_records(data_dir):
+  """Writes noise in CIFAR-10's format: the pixels do not change the speed."""
+  import numpy as np
+  random = np.random.default_rng(1)
+  folder = os.path.join(data_dir, 'cifar-10-batches-bin')
+  os.makedirs(folder)
+  for i in range(1, 6):
+    records = random.integers(0, 256, [10000, 3073], np.uint8)
+    records[:, 0] %= 10
+    records.tofile(os.path.join(folder, 'data_batch_%d.bin' % i))
+
+
+# The process that measures one variant.
+
+
+def work(suite, dtype, input_, data_dir, batch_size=128, towers=1,
+         steps=TIMED_STEPS):
+  """Trains a few steps of a variant. Returns a dict of figures."""
+  from cifar10_input import tf
+  import_secs, import_mb = time.time() - START, resident_mb()
+  with tf.Graph().as_default():
+    batch = None if input_ else constant_batch(tf, batch_size * towers)
+    build = build_plain if suite == 'plain' else build_ours
+    train_op, loss = build(
+        tf, suite, dtype, batch, data_dir, batch_size, towers)
+    graph_secs = time.time() - START
+    with tf.train.MonitoredTrainingSession() as session:
+      session.run([train_op, loss])
+      first_step_secs = time.time() - START
+      for _ in range(WARM_UP_STEPS):
+        session.run([train_op, loss])
+      step_ms = []
+      for _ in range(steps):
+        start = time.perf_counter()
+        session.run([train_op, loss])
+        step_ms.append((time.perf_counter() - start) * 1e3)
+      figures = {
+          'ms': statistics.median(step_ms), 'import_secs': import_secs,
+          'graph_secs': graph_secs, 'first_step_secs': first_step_secs,
+          'import_mb': import_mb, 'mb': resident_mb()}
+      sys.stdout.flush()
+      print(json.dumps(figures), flush=True)
+      os._exit(0)  # Threads that fill queues would take their time to end.
+
+
+def resident_mb():
+  with open('/proc/self/statm') as f:
+    return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6
+
+
+def constant_batch(tf, batch_size):
+  images = tf.get_variable(
+      'images', initializer=tf.random_normal([batch_size, 24, 24, 3]),
+      trainable=False)
+  labels = tf.get_variable(
+      'labels', initializer=tf.random_uniform([batch_size], 0, 10, tf.int32),
+      trainable=False)
+  return tf.identity(images), tf.identity(labels)
+
+
+def build_plain(tf, suite, dtype, batch, data_dir, batch_size, towers):
+  import plain
+  return plain.build_step(
+      os.path.join(data_dir, 'cifar-10-batches-bin'), batch_size,
+      tf.as_dtype(dtype), batch)[:2]
+
+
+def build_ours(tf, suite, dtype, batch, data_dir, batch_size, towers):
+  import cifar10
+  import cifar10_multi_gpu_train
+  import cifar10_train
+  cifar10.FLAGS(['worker', '--data_dir=' + data_dir,
+                 '--batch_size=%d' % batch_size, '--num_gpus=%d' % towers,
+                 '--use_bfloat16=%s' % (dtype == 'bfloat16')])
+  if batch:
+    cifar10.distorted_inputs = lambda *args, **kwargs: batch
+  if suite == 'limit':
+    cifar10.local_response_normalization = lambda images, **kwargs: images
+  script = cifar10_multi_gpu_train if towers > 1 else cifar10_train
+  return script.build_step(
+      cifar10.CIFAR10, tf.train.get_or_create_global_step())
+
+
+# The process that compares.
+
+
+def run_worker(**variant):
+  process = subprocess.run(
+      [sys.executable, os.path.abspath(__file__), '--worker',
+       json.dumps(variant)], check=True, stdout=subprocess.PIPE)
+  return json.loads(process.stdout.decode().splitlines()[-1])
+
+
+def take_turns(variants, rounds, data_dir):
+  """Returns for each variant a list of figures, one a round."""
+  figures = {name(*variant): [] for variant in variants}
+  for i in range(rounds):
+    for suite, dtype, input_ in variants:
+      figure = run_worker(
+          suite=suite, dtype=dtype, input_=input_, data_dir=data_dir)
+      figures[name(suite, dtype, input_)].append(figure)
+      print('round %d of %d: %-30s %6.1f ms' % (
+          i + 1, rounds, name(suite, dtype, input_), figure['ms']), flush=True)
+  return figures
+
+
+def name(suite, dtype, input_):
+  return '%s %s%s' % (suite, dtype, ' with input' if input_ else '')
+
+
+def grow(rounds, data_dir):
+  """Returns how cost grows with the batch and with the number of towers."""
+  rows = []
+  cases = [(batch_size, 1) for batch_size in (32, 64, 128, 256, 512, 1024)]
+  cases += [(128 // towers, towers) for towers in (2, 4)]
+  cases += [(43, 3)]  # 129 images: 128 cannot be shared by three.
+  for dtype in ('float32', 'bfloat16'):
+    figures = {case: [] for case in cases}
+    for _ in range(rounds):
+      for batch_size, towers in cases:
+        figures[batch_size, towers].append(run_worker(
+            suite='ours', dtype=dtype, input_=True, data_dir=data_dir,
+            batch_size=batch_size, towers=towers))
+    for (batch_size, towers), each in figures.items():
+      rows.append({'dtype': dtype, 'batch_size': batch_size, 'towers': towers,
+                   'ms': median(each, 'ms'), 'mb': median(each, 'mb')})
+  return rows
+
+
+def median(figures, key):
+  return statistics.median(figure[key] for figure in figures)
+
+
+def ratio(figures, over, under):
+  """Returns the median of the ratios within each round, and their spread."""
+  ratios = [a['ms'] / b['ms'] for a, b in zip(figures[over], figures[under])]
+  return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def print_tables(results):
+  steps = results['steps']
+  print('\n%s' % json.dumps(results['machine']))
+  print('\n%-30s %8s %17s %9s %11s' % (
+      'a step of 128 images', 'ms', 'min to max', 'above import',
+      'first step'))
+  for key, figures in steps.items():
+    ms = [figure['ms'] for figure in figures]
+    print('%-30s %8.1f %8.1f %8.1f %9.0f MB %9.1f s' % (
+        key, statistics.median(ms), min(ms), max(ms),
+        median(figures, 'mb') - median(figures, 'import_mb'),
+        median(figures, 'first_step_secs')))
+  print('\n%-62s %6s %14s' % ('ratio, paired', '', 'min to max'))
+  for over, under in [
+      ('plain float32 with input', 'ours float32 with input'),
+      ('plain float32 with input', 'ours bfloat16 with input'),
+      ('ours float32 with input', 'limit float32'),
+      ('ours bfloat16 with input', 'limit bfloat16'),
+      ('ours float32 with input', 'ours float32'),
+      ('ours bfloat16 with input', 'ours bfloat16')]:
+    print('%-62s %6.2f %6.2f %6.2f' % (
+        ('%s / %s' % (over, under),) + ratio(steps, over, under)))
+  figures = steps['ours float32 with input']
+  print('\nuntil the first step: import %.1f s, graph %.1f s, then %.1f s' % (
+      median(figures, 'import_secs'),
+      median(figures, 'graph_secs') - median(figures, 'import_secs'),
+      median(figures, 'first_step_secs') - median(figures, 'graph_secs')))
+  print('\n%-10s %6s %7s %8s %12s %7s' % (
+      'dtype', 'batch', 'towers', 'ms', 'images/sec', 'MB'))
+  for row in results['growth']:
+    print('%-10s %6d %7d %8.1f %12.0f %7.0f' % (
+        row['dtype'], row['batch_size'], row['towers'], row['ms'],
+        row['batch_size'] * row['towers'] / row['ms'] * 1e3, row['mb']))
+
+
+def draw(results, path):
+  import matplotlib
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+  steps = results['steps']
+  keys = ['plain float32 with input', 'ours float32 with input',
+          'limit float32', 'plain bfloat16 with input',
+          'ours bfloat16 with input', 'limit bfloat16']
+  ms = [median(steps[key], 'ms') for key in keys]
+  figure, axes = plt.subplots(figsize=(8, 3))
+  axes.barh(keys[::-1], ms[::-1], color=['#9db4c0', '#e07a1f', '#5c6b73'] * 2)
+  for i, value in enumerate(ms[::-1]):
+    axes.text(value, i, ' %.0f' % value, va='center')
+  axes.set_xlabel('ms a step of 128 images, %s, %d cores' % (
+      results['machine']['cpu'], results['machine']['processors']))
+  axes.spines[['top', 'right']].set_visible(False)
+  figure.tight_layout()
+  figure.savefig(path, dpi=110)
+
+
+if __name__ == '__main__':
+  main()
