@@ -305,10 +305,14 @@ def test_wrong_archive_in_place_is_reported_and_kept(
 def test_download_leaves_the_timeout_of_sockets_alone(
     dataset, data_dir, server):
   before = socket.getdefaulttimeout()
-  _get(dataset, data_dir)
-  server.sends = 0
-  _fail(dataset, data_dir.parent / 'else')
-  assert socket.getdefaulttimeout() == before
+  socket.setdefaulttimeout(17)
+  try:
+    _get(dataset, data_dir)
+    server.sends = 0
+    _fail(dataset, data_dir.parent / 'else')
+    assert socket.getdefaulttimeout() == 17
+  finally:
+    socket.setdefaulttimeout(before)
 
 
 # Archives that are not what they should be, with a checksum that says so too.
