@@ -361,6 +361,8 @@ def _activation_summaries():
 
 def define_flags():
   """Defines what all scripts offer beside the flags of this module."""
+  if 'dataset' in FLAGS:
+    return  # Another script, imported by the same program, has done it.
   tf.flags.DEFINE_boolean(
       'use_bfloat16', False, 'Compute activations in bfloat16, on GPUs and on '
       'CPUs with AVX512-BF16 or AMX; variables and losses stay in float32.')
@@ -445,7 +447,10 @@ def run(main):
     signal.signal(signum, interrupt)
   tf.flags.DEFINE_boolean('help', False, 'Show this.', short_name='h')
   try:
-    argv = FLAGS(sys.argv)
+    try:
+      argv = FLAGS(sys.argv)
+    except ValueError as error:  # As for --norun_once=1.
+      raise tf.flags.Error(error) from error
     if FLAGS.help:
       print(sys.modules['__main__'].__doc__ + FLAGS.main_module_help())
       sys.exit(0)
@@ -469,4 +474,4 @@ def _allowed(error):
   flag = FLAGS[match[1]]
   allowed = ('true or false' if flag.flag_type() == 'bool'
              else flag.parser.syntactic_help)
-  return ' (allowed: %s)' % allowed if allowed else ''
+  return '' if allowed in str(error) else ' (allowed: %s)' % allowed

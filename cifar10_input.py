@@ -15,6 +15,7 @@ waits in the last queue, so that the network never does.
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import gzip
 import hashlib
 import logging
@@ -171,28 +172,53 @@ def maybe_download_and_extract(dataset, data_dir, url=None, sha256=None):
     UserError: the data set is not there and cannot be had.
   """
   folder = os.path.join(data_dir, dataset.folder)
-  if all(os.path.exists(os.path.join(folder, name)) for name in dataset.files):
-    return folder  # Whether they are whole is for `check_files` to say.
-  # The files move to their folder when all of them are whole, not before.
-  partial = folder + '.partial'
+
+  def is_there():  # Whether it is whole is for `check_files` to say.
+    return all(os.path.exists(os.path.join(folder, name))
+               for name in dataset.files)
+
   try:
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
+    if not is_there():
+      os.makedirs(data_dir, exist_ok=True)
+      with _locked(data_dir):
+        if not is_there():  # Another process may have got it meanwhile.
+          _get(dataset, folder, url, sha256)
+  except OSError as error:
+    raise UserError('--data_dir=%s cannot hold the data set: %s'
+                    % (data_dir, error)) from error
+  return folder
+
+
+@contextlib.contextmanager
+def _locked(folder):
+  """Lets one process at a time in; a lock goes with the process that had it."""
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def _get(dataset, folder, url, sha256):
+  """Downloads or generates a data set's files."""
+  # They move to their folder when all of them are whole, not before.
+  partial = folder + '.partial'
+  shutil.rmtree(partial, ignore_errors=True)
+  os.makedirs(partial)
+  try:
     if dataset.url:
-      archive = _download(dataset, data_dir, url or dataset.url,
-                          (sha256 or dataset.sha256).lower())
+      archive = _download(
+          dataset, os.path.dirname(folder), url or dataset.url,
+          (sha256 or dataset.sha256).lower())
       _extract(archive, dataset, partial)
     else:
       _write_synthetic(dataset, partial)
     os.makedirs(folder, exist_ok=True)
     for name in dataset.files:
       os.replace(os.path.join(partial, name), os.path.join(folder, name))
-  except OSError as error:
-    raise UserError('--data_dir=%s cannot hold the data set: %s'
-                    % (data_dir, error)) from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
-  return folder
 
 
 def _download(dataset, data_dir, url, sha256):

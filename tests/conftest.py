@@ -31,9 +31,6 @@ FLAGS = tf.flags.FLAGS
 SCRIPTS = ('cifar10_train', 'cifar10_multi_gpu_train', 'cifar10_eval')
 
 for _script in SCRIPTS:
-  # Two scripts define the same flags, which is an error in one process.
-  for _flag in FLAGS:
-    FLAGS[_flag].allow_override = True
   importlib.import_module(_script)
 FLAGS(['test'])
 

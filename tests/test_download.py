@@ -315,6 +315,22 @@ def test_download_leaves_the_timeout_of_sockets_alone(
     socket.setdefaulttimeout(before)
 
 
+def test_of_two_first_starts_one_gets_the_data_and_the_other_waits(
+    start_script, finish, tmp_path):
+  flags = ['--dataset=synthetic', '--data_dir=%s' % tmp_path]
+  trainer = start_script(
+      'cifar10_train', *flags, '--train_dir=%s' % (tmp_path / 'train'),
+      '--max_steps=1', '--batch_size=8')
+  evaluation = start_script(
+      'cifar10_eval', *flags, '--checkpoint_dir=%s' % (tmp_path / 'none'),
+      '--eval_dir=%s' % (tmp_path / 'eval'), '--run_once')
+  trainer, evaluation = finish(trainer), finish(evaluation)
+  assert (trainer.code, trainer.stderr) == (0, '')
+  assert 'no checkpoint' in evaluation.stderr
+  generated = trainer.stdout + evaluation.stdout
+  assert generated.count('Generating the synthetic data set.') == 1
+
+
 # Archives that are not what they should be, with a checksum that says so too.
 
 

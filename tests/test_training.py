@@ -700,7 +700,8 @@ def test_flags_that_exclude_each_other_are_explained_in_one_line(call_script):
       r'script\.py: .*use_fp16.*use_bfloat16.*\n', run.stderr)
 
 
-@pytest.mark.parametrize('argument', ['--nonsense=1', 'stray', '--data_dir'])
+@pytest.mark.parametrize(
+    'argument', ['--nonsense=1', 'stray', '--data_dir', '--norun_once=3'])
 def test_argument_that_is_no_flag_is_explained_in_one_line(
     call_script, argument):
   run = call_script(lambda argv: pytest.fail('main was called'), argument)
