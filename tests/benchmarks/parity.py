@@ -111,7 +111,6 @@ def draw(results, path):
         label = None
   axes.set_xlabel('step')
   axes.set_ylabel('total loss')
-  axes.set_yscale('log')
   axes.legend(frameon=False)
   axes.spines[['top', 'right']].set_visible(False)
   figure.tight_layout()

@@ -44,7 +44,7 @@ def main():
     results = {
         'machine': machine(),
         'steps': take_turns(VARIANTS, args.rounds, data_dir),
-        'growth': grow(max(1, args.rounds // 2), data_dir),
+        'growth': grow(max(1, args.rounds // 3), data_dir),
     }
   os.makedirs(os.path.join(HERE, 'results'), exist_ok=True)
   with open(os.path.join(HERE, 'results', 'train_speed.json'), 'w') as f:
