@@ -313,7 +313,8 @@ def apply_gradients(optimizer, gradients, global_step, losses):
     _scalar_summary(batch_loss.op.name, loss_averages.average(batch_loss))
   for gradient, variable in gradients:
     _histogram_summary(variable.op.name, variable)
-    _histogram_summary(variable.op.name + '/gradients', gradient)
+    if gradient is not None:  # The loss need not depend on all variables.
+      _histogram_summary(variable.op.name + '/gradients', gradient)
   _activation_summaries()
   return tf.group(variable_averages_op, loss_averages_op, name='step')
 

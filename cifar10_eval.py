@@ -97,6 +97,8 @@ def eval_once(checkpoint, scaffold, summary_writer, fetches, classes):
   Returns:
     Precision @ 1, from 0 to 1.
   """
+  # Read first: a trainer may remove the checkpoint before we are through.
+  step = tf.train.load_variable(checkpoint, tf.GraphKeys.GLOBAL_STEP)
   correct, total = np.zeros([2, len(classes)], np.int64)
   summary = None
   with tf.train.MonitoredSession(tf.train.ChiefSessionCreator(
@@ -111,7 +113,6 @@ def eval_once(checkpoint, scaffold, summary_writer, fetches, classes):
           true[predicted[:len(true)] == true], minlength=len(classes))
       total += np.bincount(true, minlength=len(classes))
 
-  step = tf.train.load_variable(checkpoint, tf.GraphKeys.GLOBAL_STEP)
   precision = correct.sum() / total.sum()
   print('%s: precision @ 1 = %.3f' % (datetime.now(), precision))
   print('%d/%d correct at step %d' % (correct.sum(), total.sum(), step))

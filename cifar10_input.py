@@ -54,8 +54,8 @@ with _quiet_start():
   tf.config.list_physical_devices()
 
 # Graphs, queues and sessions are what this suite teaches: that TensorFlow calls
-# them deprecated is no news here. And its step counter, which reads a step while
-# it is raised, may read it twice. Other warnings still come through.
+# them deprecated is no news here. And its step counter reads a step while it is
+# raised, perhaps twice the same. Other warnings still come through.
 tf.get_logger().addFilter(
     lambda record: record.levelno > logging.WARNING
     or not re.search('deprecated|global step .* has not been increased',
@@ -216,7 +216,8 @@ def _get(dataset, folder, url, sha256):
       _write_synthetic(dataset, partial)
     os.makedirs(folder, exist_ok=True)
     for name in dataset.files:
-      os.replace(os.path.join(partial, name), os.path.join(folder, name))
+      if not os.path.exists(os.path.join(folder, name)):  # Else it is theirs.
+        os.replace(os.path.join(partial, name), os.path.join(folder, name))
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 
@@ -242,7 +243,8 @@ def _download(dataset, data_dir, url, sha256):
   try:
     tf.keras.utils.get_file(
         os.path.basename(partial), url, file_hash=sha256,
-        hash_algorithm='sha256', cache_dir=data_dir, cache_subdir='')
+        hash_algorithm='sha256', cache_dir=os.path.abspath(data_dir),
+        cache_subdir='')
     os.replace(partial, archive)
     return archive
   except Exception as error:  # get_file raises nothing more precise.
@@ -470,7 +472,7 @@ def distort(planes, distortions):
 
   Returns:
     float32 [batch, IMAGE_SIZE, IMAGE_SIZE, depth], each image with mean 0 and,
-    unless it is all of one colour, standard deviation 1.
+    unless it is all of one grey, standard deviation 1.
   """
   crops = _crop_and_flip(planes, distortions)
   brightness, contrast = (

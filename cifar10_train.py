@@ -1,7 +1,9 @@
 """Train the CIFAR-10 network on one device.
 
-    python cifar10_train.py                      # CIFAR-10, 100,000 steps
-    python cifar10_train.py --dataset=synthetic  # nothing to download
+    python cifar10_train.py         # CIFAR-10, 100,000 steps
+    python cifar10_train.py --dataset=synthetic --train_dir=/tmp/synthetic_train
+
+The second command needs no download; each data set needs its own --train_dir.
 
 A run that ended, whatever ended it, continues from its last checkpoint in
 --train_dir when it is started again. Ctrl-C and SIGTERM save one first.
@@ -100,6 +102,8 @@ def run_training(build, examples_per_step):
     if checkpoint:
       cifar10.check_checkpoint(
           checkpoint, {v.op.name: v for v in tf.global_variables()})
+    if FLAGS.overwrite:  # Not before all else has turned out well.
+      _remove_earlier_run()
     # Relative paths, so that train_dir may be moved.
     saver = tf.train.Saver(save_relative_paths=True)
     with tf.train.MonitoredTrainingSession(
@@ -127,14 +131,13 @@ def _prepare_train_dir():
   """Makes --train_dir ready. Returns the checkpoint to go on from, or None."""
   try:
     os.makedirs(FLAGS.train_dir, exist_ok=True)
-    if FLAGS.overwrite:
-      _remove_earlier_run()
   except OSError as error:
     raise UserError('--train_dir=%s cannot be used: %s'
                     % (FLAGS.train_dir, error)) from error
   if not os.access(FLAGS.train_dir, os.W_OK):
     raise UserError('--train_dir=%s cannot be written to.' % FLAGS.train_dir)
-  return tf.train.latest_checkpoint(FLAGS.train_dir)
+  return (None if FLAGS.overwrite
+          else tf.train.latest_checkpoint(FLAGS.train_dir))
 
 
 def _remove_earlier_run():

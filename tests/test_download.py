@@ -433,3 +433,15 @@ def test_what_is_no_file_is_not_taken_for_one(
   message = _fail(_serve(server, dataset, archive), data_dir)
   assert 'first.bin' in message
   assert _tree(data_dir) == {ARCHIVE: archive}
+
+
+def test_file_of_the_user_stays_when_another_is_missing(
+    dataset, data_dir, server, records):
+  _get(dataset, data_dir)
+  folder = data_dir / dataset.folder
+  own = bytes(len(records['first.bin']))
+  (folder / 'first.bin').write_bytes(own)
+  (folder / 'second.bin').unlink()
+  _get(dataset, data_dir)
+  assert (folder / 'first.bin').read_bytes() == own
+  assert (folder / 'second.bin').read_bytes() == records['second.bin']

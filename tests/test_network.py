@@ -413,3 +413,13 @@ def test_use_fp16_trains(set_flags):
     ('NUM_EXAMPLES_PER_EPOCH_FOR_EVAL', 10000)])
 def test_constants_are_those_of_the_original(name, value):
   assert getattr(cifar10, name) == value
+
+
+def test_a_variable_outside_of_the_loss_does_no_harm():
+  variable = tf.get_variable('v', initializer=1.0)
+  tf.get_variable('unused', initializer=1.0)
+  step = cifar10.train(2.0 * variable, tf.train.get_or_create_global_step())
+  with tf.Session() as session:
+    session.run(tf.global_variables_initializer())
+    session.run(step)
+    assert session.run(variable) == pytest.approx(0.8)

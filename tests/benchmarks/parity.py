@@ -4,12 +4,13 @@
 
 Trains every variant with every seed on CIFAR-10, evaluates the checkpoints with
 cifar10_eval.py, prints the precisions, and writes results/parity.json and a
-picture of the losses, parity.png. Interrupted, it goes on where it was.
+picture of the losses, parity.png. With --resume it keeps what it has measured.
 """
 import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,7 @@ def main():
   parser.add_argument('--work_dir', default='/tmp/cifar10_parity')
   parser.add_argument('--steps', type=int, default=3000)
   parser.add_argument('--seeds', type=int, default=3)
+  parser.add_argument('--resume', action='store_true')
   parser.add_argument('--worker', help='JSON; used by the benchmark itself')
   args = parser.parse_args()
   if args.worker:
@@ -36,7 +38,9 @@ def main():
   results = {'machine': train_speed.machine(), 'steps': args.steps, 'runs': {}}
   if os.path.exists(path):
     with open(path) as f:
-      results = json.load(f)
+      earlier = json.load(f)
+    if args.resume and earlier['steps'] == args.steps:
+      results = earlier
   for seed in range(1, args.seeds + 1):
     for suite, dtype in VARIANTS:
       run = '%s %s, seed %d' % (suite, dtype, seed)
@@ -56,6 +60,7 @@ def main():
 
 def measure(args, run, suite, dtype, seed):
   train_dir = os.path.join(args.work_dir, re.sub(r'\W+', '_', run))
+  shutil.rmtree(train_dir, ignore_errors=True)
   worker = json.dumps(
       {'suite': suite, 'dtype': dtype, 'seed': seed, 'train_dir': train_dir})
   subprocess.run(

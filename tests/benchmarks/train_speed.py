@@ -37,7 +37,7 @@ def main():
   parser.add_argument('--worker', help='JSON; used by the benchmark itself')
   args = parser.parse_args()
   if args.worker:
-    print(json.dumps(work(**json.loads(args.worker))))
+    work(**json.loads(args.worker))
     return
   with tempfile.TemporaryDirectory() as data_dir:
     write_records(data_dir)
@@ -91,7 +91,7 @@ def write_records(data_dir):
 
 def work(suite, dtype, input_, data_dir, batch_size=128, towers=1,
          steps=TIMED_STEPS):
-  """Trains a few steps of a variant. Returns a dict of figures."""
+  """Trains a few steps of a variant, prints a dict of figures and exits."""
   from cifar10_input import tf
   import_secs, import_mb = time.time() - START, resident_mb()
   with tf.Graph().as_default():
