@@ -81,31 +81,53 @@ def inputs(eval_data, dataset=CIFAR10):
 # The network.
 
 
-def inference(images, num_classes=NUM_CLASSES, dtype=None):
+def inference(images, num_classes=NUM_CLASSES):
   """Builds the network.
 
   Args:
     images: float32 [batch, IMAGE_SIZE, IMAGE_SIZE, 3].
     num_classes: how many classes to tell apart.
-    dtype: what convolutions and matrix products are computed in; by default
-      float32, or float16 under --use_fp16.
 
   Returns:
     Logits, float32 [batch, num_classes]; `tf.nn.softmax` makes them
     probabilities.
   """
-  default_dtype = tf.float16 if FLAGS.use_fp16 else tf.float32
-  images = tf.cast(images, dtype or default_dtype)
+  images = tf.cast(images, _activation_dtype())
   conv1 = _convolution('conv1', images, channels=64, bias=0.0)
   pool1 = _max_pooling('pool1', conv1)
-  norm1 = _local_response_normalization('norm1', pool1)
+  norm1 = local_response_normalization(pool1, name='norm1')
   conv2 = _convolution('conv2', norm1, channels=64, bias=0.1)
-  norm2 = _local_response_normalization('norm2', conv2)
+  norm2 = local_response_normalization(conv2, name='norm2')
   pool2 = _max_pooling('pool2', norm2)
   local3 = _fully_connected('local3', pool2, 384, stddev=0.04, decay=0.004)
   local4 = _fully_connected('local4', local3, 192, stddev=0.04, decay=0.004)
-  logits = _linear('softmax_linear', local4, num_classes, stddev=1 / 192.0)
+  logits = _fully_connected('softmax_linear', local4, num_classes,
+                            stddev=1 / 192.0, bias=0.0, activation=tf.identity)
   return tf.cast(logits, tf.float32)
+
+
+def _activation_dtype():
+  """Returns what the flags say, with a warning where that is not wise."""
+  # A reader's own script has the first flag, and may not have the second.
+  use_bfloat16 = 'use_bfloat16' in FLAGS and FLAGS.use_bfloat16
+  if not tf.config.list_physical_devices('GPU'):
+    if FLAGS.use_fp16:
+      tf.logging.log_first_n(
+          tf.logging.WARN, '--use_fp16 is for GPUs: on a CPU it is slow.', 1)
+    if use_bfloat16 and not _cpu_has('avx512_bf16|amx_bf16'):
+      tf.logging.log_first_n(
+          tf.logging.WARN, '--use_bfloat16 is slow on this CPU: it has neither '
+          'AVX512-BF16 nor AMX.', 1)
+  return (tf.float16 if FLAGS.use_fp16 else
+          tf.bfloat16 if use_bfloat16 else tf.float32)
+
+
+def _cpu_has(features):
+  try:
+    with open('/proc/cpuinfo') as cpuinfo:
+      return re.search(features, cpuinfo.read())
+  except OSError:
+    return True  # Only Linux tells.
 
 
 def _convolution(name, images, channels, bias):
@@ -123,17 +145,11 @@ def _max_pooling(name, images):
   return tf.nn.max_pool(images, ksize=3, strides=2, padding='SAME', name=name)
 
 
-def _local_response_normalization(name, images):
-  # The constants are those of cuda-convnet.
-  with tf.name_scope(name):
-    return local_response_normalization(
-        images, depth_radius=4, bias=1.0, alpha=0.001 / 9.0)
-
-
-def local_response_normalization(images, depth_radius, bias, alpha):
+def local_response_normalization(
+    images, depth_radius=4, bias=1.0, alpha=0.001 / 9.0, name=None):
   """Divides each value by what its neighbouring channels amount to.
 
-  Krizhevsky et al. 2012, section 3.3, with beta = 0.75:
+  Krizhevsky et al. 2012, section 3.3, with the constants of cuda-convnet:
 
       s = bias + alpha * (sum of x^2 over the channels within depth_radius)
       y = x * s^-beta
@@ -141,16 +157,19 @@ def local_response_normalization(images, depth_radius, bias, alpha):
 
   as `tf.nn.lrn` computes it, but in operations that a CPU is good at. To sum
   over neighbouring channels is to multiply with a band matrix of ones, which is
-  a 1x1 convolution; s^-0.75 is two square roots. All of it is in float32.
+  a 1x1 convolution; with beta = 0.75, s^-beta is two square roots. All of it is
+  in float32.
 
   Args:
     images: [batch, height, width, channels], of any floating-point type.
     depth_radius: int, in channels.
     bias, alpha: float.
+    name: of the scope of the operations.
 
   Returns:
     The same shape and type.
   """
+  beta = 0.75
   channel = np.arange(images.shape.as_list()[-1])
   band = np.abs(channel[:, np.newaxis] - channel) <= depth_radius
 
@@ -164,37 +183,28 @@ def local_response_normalization(images, depth_radius, bias, alpha):
     s = tf.nn.bias_add(
         sum_over_neighbours(tf.square(x), alpha), [bias] * len(band))
     root = tf.rsqrt(s)
-    power = root * tf.sqrt(root)
+    s_to_minus_beta = root * tf.sqrt(root)
 
     def gradient(dy):
-      direct = tf.cast(dy, tf.float32) * power
-      by_neighbours = sum_over_neighbours(direct * x / s, 2 * alpha * 0.75)
-      return tf.cast(direct - x * by_neighbours, dy.dtype)
+      scaled = tf.cast(dy, tf.float32) * s_to_minus_beta
+      summed = sum_over_neighbours(scaled * x / s, 2 * alpha * beta)
+      return tf.cast(scaled - x * summed, dy.dtype)
 
-    return tf.cast(x * power, images.dtype), gradient
+    return tf.cast(x * s_to_minus_beta, images.dtype), gradient
 
-  return normalize(images)
+  with tf.name_scope(name or 'local_response_normalization'):
+    return normalize(images)
 
 
-def _fully_connected(name, values, units, stddev, decay):
-  """Fully connected layer with ReLU."""
+def _fully_connected(name, values, units, stddev, decay=None, bias=0.1,
+                     activation=tf.nn.relu):
+  """Matrix product with ReLU, or with another activation function."""
   with tf.variable_scope(name):
-    return _activation(tf.nn.relu(
-        _affine(values, units, stddev, decay, bias=0.1)))
-
-
-def _linear(name, values, units, stddev):
-  """Fully connected layer without an activation function."""
-  with tf.variable_scope(name):
-    return _activation(_affine(values, units, stddev, decay=None, bias=0.0))
-
-
-def _affine(values, units, stddev, decay, bias):
-  inputs_per_image = values.shape[1:].num_elements()
-  weights, biases = _weights_and_biases(
-      [inputs_per_image, units], values.dtype, stddev, decay, bias)
-  values = tf.reshape(values, [-1, inputs_per_image])
-  return tf.nn.bias_add(tf.matmul(values, weights), biases)
+    size = values.shape[1:].num_elements()
+    weights, biases = _weights_and_biases(
+        [size, units], values.dtype, stddev, decay, bias)
+    product = tf.matmul(tf.reshape(values, [-1, size]), weights)
+    return _activation(activation(tf.nn.bias_add(product, biases)))
 
 
 def _weights_and_biases(shape, dtype, stddev, decay, bias):
@@ -304,7 +314,8 @@ def apply_gradients(optimizer, gradients, global_step, losses):
     variable_averages = tf.train.ExponentialMovingAverage(
         MOVING_AVERAGE_DECAY, global_step)
     variable_averages_op = variable_averages.apply(tf.trainable_variables())
-  # The losses of single batches jump: their averages are for looking at.
+  # The losses of single batches jump: their averages are for looking at. The
+  # original's checkpoints have them under this name.
   loss_averages = tf.train.ExponentialMovingAverage(0.9, name='avg')
   loss_averages_op = loss_averages.apply(losses)
 
@@ -383,26 +394,6 @@ def define_flags():
       'data_sha256', lambda sha: not sha or re.fullmatch('[0-9a-fA-F]{64}',
                                                          sha),
       'must be 64 hexadecimal digits')
-
-
-def activation_dtype():
-  """Returns what the flags say, with a warning where that is not wise."""
-  if not tf.config.list_physical_devices('GPU'):
-    if FLAGS.use_fp16:
-      tf.logging.warning('--use_fp16 is for GPUs: on a CPU it is slow.')
-    if FLAGS.use_bfloat16 and not _cpu_has('avx512_bf16|amx_bf16'):
-      tf.logging.warning('--use_bfloat16 is slow on this CPU: it has neither '
-                         'AVX512-BF16 nor AMX.')
-  return (tf.float16 if FLAGS.use_fp16 else
-          tf.bfloat16 if FLAGS.use_bfloat16 else tf.float32)
-
-
-def _cpu_has(features):
-  try:
-    with open('/proc/cpuinfo') as cpuinfo:
-      return re.search(features, cpuinfo.read())
-  except OSError:
-    return True  # Only Linux tells.
 
 
 def prepare_dataset():

@@ -28,8 +28,8 @@ tf.flags.DEFINE_integer(
     'Seconds from the start of one evaluation to that of the next, at least.',
     lower_bound=0)
 tf.flags.DEFINE_integer(
-    'eval_timeout_secs', 0, 'End when no new checkpoint came for so long; '
-    '0 waits for ever.', lower_bound=0)
+    'eval_timeout_secs', 0, 'End when no new checkpoint came for so long after '
+    '--eval_interval_secs; 0 waits for ever.', lower_bound=0)
 tf.flags.DEFINE_integer(
     'num_examples', 10000, 'How many examples to evaluate on, or all if there '
     'are fewer.', lower_bound=1)
@@ -44,8 +44,7 @@ def evaluate():
   with tf.Graph().as_default() as graph:
     with tf.device('/cpu:0'):
       images, labels = cifar10.inputs(FLAGS.eval_data == 'test', dataset)
-    logits = cifar10.inference(
-        images, len(dataset.classes), cifar10.activation_dtype())
+    logits = cifar10.inference(images, len(dataset.classes))
     # The averages of the variables stand in for the variables.
     variables = tf.train.ExponentialMovingAverage(
         cifar10.MOVING_AVERAGE_DECAY).variables_to_restore()

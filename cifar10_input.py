@@ -229,10 +229,11 @@ def _download(dataset, data_dir, url, sha256):
   """
   archive = os.path.join(data_dir, os.path.basename(dataset.url))
   if os.path.isfile(archive):
-    if _sha256(archive) != sha256:
+    found = _sha256(archive)
+    if found != sha256:
       raise UserError(
           '%s has the SHA-256 %s, not %s: delete it, or accept it with '
-          '--data_sha256.' % (archive, _sha256(archive), sha256))
+          '--data_sha256.' % (archive, found, sha256))
     return archive
   if not sys.stdout.isatty():  # A log file would keep each state of the bar.
     print('Downloading %s' % url, flush=True)

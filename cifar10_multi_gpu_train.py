@@ -32,7 +32,6 @@ def train():
 def build_step(dataset, global_step):
   """Builds one step of training on all towers; see `cifar10_train`."""
   examples_per_step = FLAGS.batch_size * FLAGS.num_gpus
-  dtype = cifar10.activation_dtype()
   # Whatever is not a tower's is on the CPU, in reach of all towers.
   with tf.device('/cpu:0'):
     images, labels = cifar10.distorted_inputs(
@@ -45,14 +44,15 @@ def build_step(dataset, global_step):
           tf.device(device), \
           tf.name_scope('%s_%d' % (cifar10.TOWER_NAME, i)) as scope:
         loss = tower_loss(
-            scope, images[mine], labels[mine], len(dataset.classes), dtype)
+            scope, images[mine], labels[mine], len(dataset.classes))
         tower_losses.append(tf.get_collection('losses', scope) + [loss])
         tower_grads.append(optimizer.compute_gradients(loss))
     losses = average_losses(tower_losses)
+    total_loss = losses[-1]
     with tf.name_scope('train'):
       train_op = cifar10.apply_gradients(
           optimizer, average_gradients(tower_grads), global_step, losses)
-  return train_op, losses[-1]
+  return train_op, total_loss
 
 
 def tower_devices(num_towers):
@@ -68,8 +68,7 @@ def tower_devices(num_towers):
   return devices
 
 
-def tower_loss(scope, images, labels, num_classes=cifar10.NUM_CLASSES,
-               dtype=None):
+def tower_loss(scope, images, labels, num_classes=cifar10.NUM_CLASSES):
   """Builds the network and the loss of one tower.
 
   Args:
@@ -77,12 +76,11 @@ def tower_loss(scope, images, labels, num_classes=cifar10.NUM_CLASSES,
     images: float32 [batch, height, width, 3].
     labels: int32 [batch].
     num_classes: int.
-    dtype: what the network computes in; see `cifar10.inference`.
 
   Returns:
     Scalar float32: the total loss over the tower's batch.
   """
-  logits = cifar10.inference(images, num_classes, dtype)
+  logits = cifar10.inference(images, num_classes)
   return cifar10.loss(logits, labels, scope)
 
 

@@ -42,8 +42,8 @@ tf.flags.DEFINE_integer(
     'save_summary_steps', 100, 'Steps from one set of summaries to the next.',
     lower_bound=1)
 tf.flags.DEFINE_integer(
-    'seed', None, 'Draw the same weights and distortions in each run. (The '
-    'order of the images still depends on the threads that read them.)')
+    'seed', None, 'Draw the same initial weights in each run. (The order of '
+    'the images depends on the threads that read them.)')
 tf.flags.DEFINE_integer(
     'num_preprocess_threads', None, 'Threads that distort images; by default '
     'one for every four processors.', lower_bound=1)
@@ -71,8 +71,7 @@ def build_step(dataset, global_step):
   with tf.device('/cpu:0'):
     images, labels = cifar10.distorted_inputs(
         dataset, num_threads=FLAGS.num_preprocess_threads)
-  logits = cifar10.inference(
-      images, len(dataset.classes), cifar10.activation_dtype())
+  logits = cifar10.inference(images, len(dataset.classes))
   loss = cifar10.loss(logits, labels)
   return cifar10.train(loss, global_step, dataset), loss
 
@@ -144,9 +143,12 @@ def _remove_earlier_run():
   """Removes what this suite writes to --train_dir, and nothing else."""
   ours = re.compile(
       r'checkpoint|graph\.pbtxt|model\.ckpt-\d+\..*|events\.out\.tfevents\..*')
-  for name in os.listdir(FLAGS.train_dir):
-    if ours.fullmatch(name):
-      os.remove(os.path.join(FLAGS.train_dir, name))
+  try:
+    for name in os.listdir(FLAGS.train_dir):
+      if ours.fullmatch(name):
+        os.remove(os.path.join(FLAGS.train_dir, name))
+  except OSError as error:
+    raise UserError('--overwrite: %s' % error) from error
 
 
 def _already_trained(checkpoint):

@@ -368,22 +368,27 @@ def test_sparsity_is_the_share_of_zeros():
 # 16-bit floating point.
 
 
-def test_use_fp16_computes_in_16_bits_and_keeps_variables_in_32(set_flags):
+@pytest.mark.parametrize('flag, dtype, tolerance', [
+    ('use_fp16', tf.float16, 0.01), ('use_bfloat16', tf.bfloat16, 0.03)])
+def test_16_bits_are_for_activations_and_not_for_variables(
+    set_flags, flag, dtype, tolerance):
   images, labels = _batch(8)
   exact = cifar10.inference(tf.constant(images))
-  set_flags(use_fp16=True)
+  set_flags(**{flag: True})
   with tf.variable_scope(tf.get_variable_scope(), reuse=True), \
-      tf.name_scope('fp16'):
+      tf.name_scope('rounded'):
     logits = cifar10.inference(tf.constant(images))
   assert {v.dtype.base_dtype for v in tf.global_variables()} == {tf.float32}
   assert logits.dtype == tf.float32
   for name in ('conv1/Conv2D', 'conv2/Conv2D', 'local3/MatMul'):
-    operation = tf.get_default_graph().get_operation_by_name('fp16/' + name)
-    assert operation.outputs[0].dtype == tf.float16
+    operation = tf.get_default_graph().get_operation_by_name(
+        'rounded/' + name)
+    assert operation.outputs[0].dtype == dtype
   with tf.Session() as session:
     session.run(tf.global_variables_initializer())
     result, expected = session.run([logits, exact])
-  np.testing.assert_allclose(result, expected, atol=0.01)
+  np.testing.assert_allclose(result, expected, atol=tolerance)
+  assert (result != expected).any()
 
 
 def test_use_fp16_trains(set_flags):
