@@ -8,7 +8,7 @@ another, each filled by threads that run beside the network:
 
     file names -> queue -> records -> shuffle queue -> distortion -> queue
 
-The shuffle queue holds records as they lie on disk, one byte a value; a batch
+The shuffle queue holds records as they lie on disk, one string each; a batch
 is distorted when it has left that queue, all of its images at once, and then
 waits in the last queue, so that the network never does.
 """
@@ -389,29 +389,25 @@ def read_cifar10(filename_queue, dataset=CIFAR10):
   """
   reader = tf.FixedLengthRecordReader(dataset.record_bytes)
   key, value = reader.read(filename_queue)
-  planes, label = parse_records(_to_records([value], dataset), dataset)
+  planes, label = parse_records([value], dataset)
   return types.SimpleNamespace(
       height=dataset.height, width=dataset.width, depth=dataset.depth,
       key=key, label=label, uint8image=tf.stack(tf.unstack(planes[0]), axis=2))
 
 
-def _to_records(values, dataset):
-  """Turns strings [n] into uint8 [n, record_bytes]."""
-  records = tf.decode_raw(values, tf.uint8)
-  return tf.ensure_shape(records, [None, dataset.record_bytes])
-
-
-def parse_records(records, dataset):
+def parse_records(values, dataset):
   """Splits records into pictures and labels.
 
   Args:
-    records: uint8 [n, record_bytes].
+    values: strings [n], each a record of the file.
     dataset: the `Dataset` that says how a record is laid out.
 
   Returns:
     planes: uint8 [n, depth, height, width].
     labels: int32 [n].
   """
+  records = tf.ensure_shape(
+      tf.decode_raw(values, tf.uint8), [None, dataset.record_bytes])
   labels = tf.cast(records[:, dataset.label_bytes - 1], tf.int32)
   planes = tf.reshape(records[:, dataset.label_bytes:],
                       [-1, dataset.depth, dataset.height, dataset.width])
@@ -422,8 +418,8 @@ def _fill(queue, filename_queue, dataset):
   """Adds a thread to the session that moves records from files to a queue."""
   reader = tf.FixedLengthRecordReader(dataset.record_bytes)
   _, values = reader.read_up_to(filename_queue, _RECORDS_PER_READ)
-  enqueue = queue.enqueue_many([_to_records(values, dataset)])
-  tf.train.add_queue_runner(tf.train.QueueRunner(queue, [enqueue]))
+  tf.train.add_queue_runner(
+      tf.train.QueueRunner(queue, [queue.enqueue_many([values])]))
 
 
 # Distorting it: chance first, then arithmetic.
@@ -537,8 +533,7 @@ def distorted_inputs(data_dir, batch_size, dataset=CIFAR10, num_threads=None):
   capacity = min_queue_examples + 3 * batch_size
   with tf.name_scope('input'):
     queue = tf.RandomShuffleQueue(
-        capacity, min_queue_examples, [tf.uint8], [[dataset.record_bytes]],
-        name='shuffle_queue')
+        capacity, min_queue_examples, [tf.string], [[]], name='shuffle_queue')
     tf.summary.scalar('shuffle_queue_fullness', queue.size() / capacity)
     _fill(queue, tf.train.string_input_producer(
         paths, name='file_names'), dataset)
@@ -578,8 +573,7 @@ def inputs(eval_data, data_dir, batch_size, dataset=CIFAR10):
   paths = check_files(dataset, data_dir, files)
   with tf.name_scope('input'):
     queue = tf.FIFOQueue(
-        4 * max(batch_size, _RECORDS_PER_READ), [tf.uint8],
-        [[dataset.record_bytes]], name='queue')
+        4 * max(batch_size, _RECORDS_PER_READ), [tf.string], [[]], name='queue')
     _fill(queue, _queue_once(paths), dataset)
     planes, labels = parse_records(queue.dequeue_up_to(batch_size), dataset)
     images = distort(planes, no_distortions(tf.shape(planes)[0], dataset))

@@ -134,6 +134,28 @@ def test_inference_computes_the_network_of_the_table():
   assert expected.std() > 0.1
 
 
+def test_pooling_before_bias_and_relu_changes_nothing():
+  random = np.random.default_rng(0)
+  images = tf.constant(random.standard_normal((2, 24, 24, 3)), tf.float32)
+  with tf.variable_scope('') as scope:
+    first = cifar10._convolution('conv1', images, 64, -0.5, pooling='pool1')
+    scope.reuse_variables()
+    last = cifar10._max_pooling(
+        'pool1', cifar10._convolution('conv1', images, 64, -0.5))
+  weights = tf.constant(random.standard_normal(last.shape), tf.float32)
+  gradients = [tf.gradients(tf.reduce_sum(pooled * weights),
+                            tf.trainable_variables())
+               for pooled in (first, last)]
+  with tf.Session() as session:
+    session.run(tf.global_variables_initializer())
+    _disturb(session)
+    (first, last), gradients = session.run([(first, last), gradients])
+  assert 0.02 < np.mean(last == 0) < 0.98
+  np.testing.assert_array_equal(first, last)
+  for one, other in zip(*gradients):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
+
+
 def test_gradients_are_those_of_the_network_of_the_table():
   images, labels = _batch(8)
   images *= 20

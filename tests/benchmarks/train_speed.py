@@ -6,7 +6,8 @@ Every figure comes from a process of its own, and the variants take turns, so
 that all of them see a noisy machine alike: compare figures of one run only.
 The limit is our step without its local response normalizations and with one
 constant batch for input, which leaves the convolutions and matrix products.
-Prints tables; writes results/train_speed.json and train_speed.png beside it.
+No variant writes summaries or checkpoints, which come every 100 steps and every
+ten minutes. Prints tables; writes results/train_speed.json and .png.
 """
 import argparse
 import json
@@ -23,6 +24,7 @@ sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
 
 WARM_UP_STEPS = 10
 TIMED_STEPS = 40
+LONG_RUN = (500, 5000)  # Steps after which memory is compared.
 
 # The variants that take turns: suite, dtype, whether with input.
 VARIANTS = [(suite, dtype, input_)
@@ -33,18 +35,25 @@ VARIANTS = [(suite, dtype, input_)
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--rounds', type=int, default=7)
+  parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--worker', help='JSON; used by the benchmark itself')
   args = parser.parse_args()
   if args.worker:
-    work(**json.loads(args.worker))
+    variant = json.loads(args.worker)
+    if variant['suite'] == 'input':
+      work_input(variant['data_dir'])
+    else:
+      work(**variant)
     return
   with tempfile.TemporaryDirectory() as data_dir:
     write_records(data_dir)
     results = {
         'machine': machine(),
         'steps': take_turns(VARIANTS, args.rounds, data_dir),
-        'growth': grow(max(1, args.rounds // 3), data_dir),
+        'growth': grow(max(1, args.rounds // 2), data_dir),
+        'input': run_worker(suite='input', data_dir=data_dir),
+        'long_run': run_worker(suite='ours', dtype='bfloat16', input_=True,
+                               data_dir=data_dir, steps=LONG_RUN[1]),
     }
   os.makedirs(os.path.join(HERE, 'results'), exist_ok=True)
   with open(os.path.join(HERE, 'results', 'train_speed.json'), 'w') as f:
@@ -105,18 +114,53 @@ def work(suite, dtype, input_, data_dir, batch_size=128, towers=1,
       first_step_secs = time.time() - START
       for _ in range(WARM_UP_STEPS):
         session.run([train_op, loss])
-      step_ms = []
+      step_ms, mb = [], []
       for _ in range(steps):
         start = time.perf_counter()
         session.run([train_op, loss])
         step_ms.append((time.perf_counter() - start) * 1e3)
+        if len(step_ms) in LONG_RUN + (steps,):
+          mb.append(resident_mb())
       figures = {
           'ms': statistics.median(step_ms), 'import_secs': import_secs,
           'graph_secs': graph_secs, 'first_step_secs': first_step_secs,
-          'import_mb': import_mb, 'mb': resident_mb()}
+          'import_mb': import_mb, 'mb': mb[-1], 'mb_before': mb[0]}
       sys.stdout.flush()
       print(json.dumps(figures), flush=True)
       os._exit(0)  # Threads that fill queues would take their time to end.
+
+
+def work_input(data_dir, batch_size=128):
+  """Measures the parts of the input alone, in ms for a batch."""
+  import cifar10_input
+  from cifar10_input import CIFAR10, tf
+  paths = [os.path.join(data_dir, CIFAR10.folder, name)
+           for name in CIFAR10.train_files]
+  _, values = tf.FixedLengthRecordReader(CIFAR10.record_bytes).read_up_to(
+      tf.train.string_input_producer(paths), batch_size)
+  queue = tf.RandomShuffleQueue(20384, 20000, [tf.string], [[]])
+  record = tf.fill([batch_size], 'x' * CIFAR10.record_bytes)
+  enqueue = queue.enqueue_many([record])
+  with tf.control_dependencies([enqueue]):
+    pass_through = queue.dequeue_many(batch_size)
+  planes, _ = cifar10_input.parse_records(record, CIFAR10)
+  images = cifar10_input.distort(
+      planes, cifar10_input.draw_distortions(batch_size))
+  ms = {}
+  with tf.Session() as session:
+    tf.train.start_queue_runners(session)
+    while session.run(queue.size()) < 20000:
+      session.run(enqueue)
+    for part, operation in [('reader', values.op), ('queue', pass_through.op),
+                            ('distortion', images.op)]:
+      each = []
+      for _ in range(WARM_UP_STEPS + 10 * TIMED_STEPS):
+        start = time.perf_counter()
+        session.run(operation)
+        each.append((time.perf_counter() - start) * 1e3)
+      ms[part] = statistics.median(each[WARM_UP_STEPS:])
+    print(json.dumps(ms), flush=True)
+    os._exit(0)
 
 
 def resident_mb():
@@ -199,7 +243,8 @@ def grow(rounds, data_dir):
             batch_size=batch_size, towers=towers))
     for (batch_size, towers), each in figures.items():
       rows.append({'dtype': dtype, 'batch_size': batch_size, 'towers': towers,
-                   'ms': median(each, 'ms'), 'mb': median(each, 'mb')})
+                   'ms': median(each, 'ms'), 'mb': median(each, 'mb'),
+                   'each_ms': [figure['ms'] for figure in each]})
   return rows
 
 
@@ -235,17 +280,32 @@ def print_tables(results):
       ('ours bfloat16 with input', 'ours bfloat16')]:
     print('%-62s %6.2f %6.2f %6.2f' % (
         ('%s / %s' % (over, under),) + ratio(steps, over, under)))
+  print_growth(results['growth'])
+  print('\nthe input alone, ms for 128 images: %s' % ', '.join(
+      '%s %.1f' % part for part in results['input'].items()))
+  print('resident after %d and %d steps: %.0f and %.0f MB' % (
+      LONG_RUN + (results['long_run']['mb_before'], results['long_run']['mb'])))
   figures = steps['ours float32 with input']
-  print('\nuntil the first step: import %.1f s, graph %.1f s, then %.1f s' % (
+  print('until the first step: import %.1f s, graph %.1f s, then %.1f s' % (
       median(figures, 'import_secs'),
       median(figures, 'graph_secs') - median(figures, 'import_secs'),
       median(figures, 'first_step_secs') - median(figures, 'graph_secs')))
+
+
+def print_growth(rows):
   print('\n%-10s %6s %7s %8s %12s %7s' % (
       'dtype', 'batch', 'towers', 'ms', 'images/sec', 'MB'))
-  for row in results['growth']:
+  for row in rows:
     print('%-10s %6d %7d %8.1f %12.0f %7.0f' % (
         row['dtype'], row['batch_size'], row['towers'], row['ms'],
         row['batch_size'] * row['towers'] / row['ms'] * 1e3, row['mb']))
+  each_ms = {(row['dtype'], row['towers'], row['batch_size']): row['each_ms']
+             for row in rows}
+  for dtype in ('float32', 'bfloat16'):
+    ratios = [two / one for two, one in zip(
+        each_ms[dtype, 2, 64], each_ms[dtype, 1, 128])]
+    print('%s: two towers of 64 / one batch of 128: %.2f (%.2f to %.2f)' % (
+        dtype, statistics.median(ratios), min(ratios), max(ratios)))
 
 
 def draw(results, path):
