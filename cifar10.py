@@ -23,7 +23,8 @@ from cifar10_input import CIFAR10, UserError, tf
 
 FLAGS = tf.flags.FLAGS
 
-tf.flags.DEFINE_integer('batch_size', 128, 'Images a batch.', lower_bound=1)
+tf.flags.DEFINE_integer('batch_size', 128, 'Images a batch.', lower_bound=1,
+                        upper_bound=1000000)
 tf.flags.DEFINE_string(
     'data_dir', '/tmp/cifar10_data', 'Where the data sets lie.')
 tf.flags.DEFINE_boolean(
@@ -76,6 +77,12 @@ def inputs(eval_data, dataset=CIFAR10):
       FLAGS.batch_size, dataset)
   _image_summary('images', images)
   return images, labels
+
+
+def check_files(dataset, files):
+  """Finds what is wrong with files in --data_dir; see `cifar10_input`."""
+  return cifar10_input.check_files(
+      dataset, os.path.join(FLAGS.data_dir, dataset.folder), files)
 
 
 # The network.
@@ -401,11 +408,54 @@ def define_flags():
       'must be 64 hexadecimal digits')
 
 
+def refuse_patterns(flag):
+  """Has a flag for a folder with checkpoints refuse what would not be found."""
+  tf.flags.register_validator(
+      flag, lambda folder: not re.search(r'[][*?\\]', folder),
+      r'must do without * ? [ ] \, which mean something else to TensorFlow')
+
+
 def prepare_dataset():
   """Returns the data set that --dataset names, after a download if need be."""
   dataset = cifar10_input.DATASETS[FLAGS.dataset]
   maybe_download_and_extract(dataset, FLAGS.data_url, FLAGS.data_sha256)
   return dataset
+
+
+def checkpoints(folder):
+  """Returns the paths of the checkpoints in a folder, the oldest first.
+
+  The files tell, not the file `checkpoint` that lists them: that may be lost,
+  or behind them. An index comes last when TensorFlow writes a checkpoint, and
+  goes first when it removes one.
+  """
+  names = os.listdir(folder) if os.path.isdir(folder) else []
+  steps = [int(name[11:-6]) for name in names
+           if re.fullmatch(r'model\.ckpt-\d+\.index', name)]
+  return [os.path.join(folder, 'model.ckpt-%d' % step)
+          for step in sorted(steps)]
+
+
+def latest_checkpoint(folder):
+  """Returns the newest undamaged checkpoint in a folder, or None."""
+  for checkpoint in reversed(checkpoints(folder)):
+    damage = _find_damage(checkpoint)
+    if not damage:
+      return checkpoint
+    print('%s is damaged and passed over: %s' % (checkpoint, damage),
+          file=sys.stderr)
+  return None
+
+
+def _find_damage(checkpoint):
+  """Returns what is wrong with a checkpoint, or None."""
+  try:
+    reader = tf.train.load_checkpoint(checkpoint)
+    for name in reader.get_variable_to_shape_map():
+      reader.get_tensor(name)  # Checks the CRC-32C of its bytes.
+  except Exception as error:  # An IndexError, for a file that was cut.
+    return str(error).splitlines()[0]
+  return None
 
 
 def check_checkpoint(checkpoint, variables):
@@ -427,21 +477,23 @@ def check_checkpoint(checkpoint, variables):
               variable.shape.as_list()))
 
 
+# Errors that come from outside of the program.
+_ENVIRONMENT_ERRORS = (
+    OSError, tf.errors.NotFoundError, tf.errors.PermissionDeniedError,
+    tf.errors.ResourceExhaustedError, tf.errors.DataLossError)
+
+
 def run(main):
   """Parses the flags, runs a script's `main(argv)` and exits with its result.
 
   What a user can mend is one line on stderr: exit code 2 for flags, 1 for all
-  else. Ctrl-C and SIGTERM give 130 and 143.
+  else. Ctrl-C gives 130, SIGTERM 143, and a terminal that is closed 129.
   """
-  def interrupt(signum, frame):
-    raise KeyboardInterrupt(signal.Signals(signum))
-
   def fail(code, message):
     print('%s: %s' % (os.path.basename(sys.argv[0]), message), file=sys.stderr)
     sys.exit(code)
 
-  for signum in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(signum, interrupt)
+  handle_signals(_interrupt)
   tf.flags.DEFINE_boolean('help', False, 'Show this.', short_name='h')
   try:
     try:
@@ -455,12 +507,38 @@ def run(main):
       raise tf.flags.Error('what is %r? Flags look like --name=value' % argv[1])
     sys.exit(main(argv))
   except tf.flags.Error as error:
-    fail(2, '%s%s' % (error, _allowed(error)))
+    fail(2, str(error).replace('\n', '; ') + _allowed(error))
   except UserError as error:
     fail(1, error)
+  except _ENVIRONMENT_ERRORS as error:
+    fail(1, what_went_wrong(error))
   except KeyboardInterrupt as interruption:
     signum, = interruption.args
     fail(128 + signum, 'stopped by %s.' % signum.name)
+
+
+def handle_signals(handler):
+  """Calls a handler at the first signal to end; a second ends the process."""
+  def handle_once(signum, frame):
+    signal.signal(signum, signal.SIG_DFL)
+    handler(signal.Signals(signum))
+
+  for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    # Who ignores SIGHUP, as nohup does, has a reason.
+    if (signum != signal.SIGHUP
+        or signal.getsignal(signum) != signal.SIG_IGN):
+      signal.signal(signum, handle_once)
+
+
+def _interrupt(signum):
+  raise KeyboardInterrupt(signum)
+
+
+def what_went_wrong(error):
+  """Returns what an error says, without the stack of the operation."""
+  message = getattr(error, 'message', None) or str(error)
+  line = re.search(r'^(.*)\n\s*\[\[\{\{node', message, re.MULTILINE)
+  return line[1] if line else message.splitlines()[0]
 
 
 def _allowed(error):

@@ -16,6 +16,7 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import gzip
 import hashlib
 import logging
@@ -177,27 +178,52 @@ def maybe_download_and_extract(dataset, data_dir, url=None, sha256=None):
     return all(os.path.exists(os.path.join(folder, name))
                for name in dataset.files)
 
-  try:
-    if not is_there():
-      os.makedirs(data_dir, exist_ok=True)
-      with _locked(data_dir):
+  if not is_there():
+    with locked(data_dir, 'data_dir', wait=True):
+      try:
         if not is_there():  # Another process may have got it meanwhile.
           _get(dataset, folder, url, sha256)
-  except OSError as error:
-    raise UserError('--data_dir=%s cannot hold the data set: %s'
-                    % (data_dir, error)) from error
+      except OSError as error:
+        raise UserError('--data_dir=%s cannot hold the data set: %s'
+                        % (data_dir, error)) from error
   return folder
 
 
 @contextlib.contextmanager
-def _locked(folder):
-  """Lets one process at a time in; a lock goes with the process that had it."""
-  descriptor = os.open(folder, os.O_RDONLY)
+def locked(folder, flag, wait=False):
+  """Lets one process at a time into a folder, which is made if need be.
+
+  The lock is the system's: it goes with the process that has it, however that
+  ends. The file stays, for to remove it would let two processes in.
+
+  Args:
+    folder: path.
+    flag: name of the flag that named the folder, for messages.
+    wait: whether to wait for another process or to complain about it.
+
+  Raises:
+    UserError: the folder cannot be written to, or another process is in it.
+  """
   try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.makedirs(folder, exist_ok=True)
+    lock = open(os.path.join(folder, '.lock'), 'a+')
+  except OSError as error:
+    raise UserError('--%s=%s cannot be written to: %s'
+                    % (flag, folder, error)) from error
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      lock.seek(0)
+      holder = 'process %s uses --%s=%s' % (lock.read(), flag, folder)
+      if not wait:
+        raise UserError('%s: end it first, or name another folder.'
+                        % holder) from None
+      print('Waiting: %s.' % holder, flush=True)
+      fcntl.flock(lock, fcntl.LOCK_EX)
+    lock.truncate(0)
+    print(os.getpid(), file=lock, end='', flush=True)
     yield
-  finally:
-    os.close(descriptor)
 
 
 def _get(dataset, folder, url, sha256):
@@ -272,10 +298,14 @@ def _sha256(path):
 def _extract(archive, dataset, destination):
   """Extracts the data set's files, and nothing else that is in an archive."""
   missing = {'%s/%s' % (dataset.folder, name): name for name in dataset.files}
+  # Nobody waits for a bomb that unpacks to far more than this.
+  max_bytes = 4 * sum(map(dataset.size_bytes, dataset.files)) + (1 << 20)
   print('Extracting %s' % archive, flush=True)
   try:
     with tarfile.open(archive, 'r:gz') as tar:
       for member in tar:
+        if member.offset_data + member.size > max_bytes:
+          raise tarfile.TarError('it unpacks to more than %d bytes' % max_bytes)
         name = missing.get(member.name)
         if name and member.isfile() and member.size == dataset.size_bytes(name):
           with open(os.path.join(destination, name), 'wb') as f:
@@ -351,7 +381,10 @@ def check_files(dataset, folder, files):
   """
   paths = [os.path.join(folder, name) for name in files]
   for name, path in zip(files, paths):
-    flaw = _find_flaw(path, dataset.size_bytes(name), dataset)
+    try:
+      flaw = _find_flaw(path, dataset.size_bytes(name), dataset)
+    except OSError as error:
+      flaw = 'cannot be read (%s)' % error.strerror
     if flaw:
       raise UserError('%s %s: delete %s and start again to get it anew.'
                       % (path, flaw, folder))
@@ -361,15 +394,22 @@ def check_files(dataset, folder, files):
 def _find_flaw(path, size_bytes, dataset):
   """Returns what is wrong with a file, or None."""
   if not os.path.isfile(path):
-    return 'is missing'
-  if os.path.getsize(path) != size_bytes:
-    return 'has %d bytes, not %d' % (os.path.getsize(path), size_bytes)
-  records = np.memmap(path, np.uint8, 'r').reshape(-1, dataset.record_bytes)
-  labels = records[:, dataset.label_bytes - 1]
-  wrong, = np.nonzero(labels >= len(dataset.classes))
+    return 'is not a file' if os.path.exists(path) else 'is missing'
+  stat = os.stat(path)
+  if stat.st_size != size_bytes:
+    return 'has %d bytes, not %d' % (stat.st_size, size_bytes)
+  return _find_wrong_label(path, dataset.record_bytes, dataset.label_bytes - 1,
+                           len(dataset.classes), stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=None)  # To look again at the same file is free.
+def _find_wrong_label(path, record_bytes, offset, num_classes, mtime_ns):
+  """Returns what is wrong with a file's labels, or None."""
+  labels = np.memmap(path, np.uint8, 'r').reshape(-1, record_bytes)[:, offset]
+  wrong, = np.nonzero(labels >= num_classes)
   if wrong.size:
     return 'has the label %d in record %d, not one of 0 to %d' % (
-        labels[wrong[0]], wrong[0], len(dataset.classes) - 1)
+        labels[wrong[0]], wrong[0], num_classes - 1)
   return None
 
 
@@ -528,6 +568,9 @@ def distorted_inputs(data_dir, batch_size, dataset=CIFAR10, num_threads=None):
     UserError: a file is not as the data set's description says.
   """
   paths = check_files(dataset, data_dir, dataset.train_files)
+  if batch_size > dataset.num_train_examples:
+    raise UserError('a batch of %d images is more than the %d there are: lower '
+                    '--batch_size.' % (batch_size, dataset.num_train_examples))
   min_queue_examples = int(
       dataset.num_train_examples * MIN_FRACTION_OF_EXAMPLES_IN_QUEUE)
   capacity = min_queue_examples + 3 * batch_size

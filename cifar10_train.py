@@ -6,7 +6,7 @@
 The second command needs no download; each data set needs its own --train_dir.
 
 A run that ended, whatever ended it, continues from its last checkpoint in
---train_dir when it is started again. Ctrl-C and SIGTERM save one first.
+--train_dir when it is started again. Ctrl-C, SIGTERM and SIGHUP save one first.
 While it trains, cifar10_eval.py tells how well the network does, and
 `tensorboard --logdir=/tmp/cifar10_train` shows what goes on inside.
 """
@@ -14,10 +14,11 @@ from datetime import datetime
 import math
 import os
 import re
-import signal
+import sys
 import time
 
 import cifar10
+import cifar10_input
 from cifar10_input import UserError, tf
 
 FLAGS = tf.flags.FLAGS
@@ -26,6 +27,7 @@ cifar10.define_flags()
 tf.flags.DEFINE_string(
     'train_dir', '/tmp/cifar10_train',
     'Where checkpoints and event files are written.')
+cifar10.refuse_patterns('train_dir')
 tf.flags.DEFINE_boolean(
     'overwrite', False, 'Start anew: remove the checkpoints and event files of '
     'an earlier run in --train_dir.')
@@ -39,14 +41,21 @@ tf.flags.DEFINE_integer(
     'save_checkpoint_secs', 600, 'Seconds from one checkpoint to the next.',
     lower_bound=1)
 tf.flags.DEFINE_integer(
+    'max_to_keep', 5, 'How many of the latest checkpoints are kept; 0 keeps '
+    'all.', lower_bound=0)
+tf.flags.DEFINE_float(
+    'keep_checkpoint_every_n_hours', 10000.0, 'Hours from one to the next of '
+    'those checkpoints that are kept for ever.', lower_bound=0.0)
+tf.flags.DEFINE_integer(
     'save_summary_steps', 100, 'Steps from one set of summaries to the next.',
     lower_bound=1)
 tf.flags.DEFINE_integer(
     'seed', None, 'Draw the same initial weights in each run. (The order of '
-    'the images depends on the threads that read them.)')
+    'the images depends on the threads that read them.)', lower_bound=0,
+    upper_bound=2 ** 31 - 1)
 tf.flags.DEFINE_integer(
     'num_preprocess_threads', None, 'Threads that distort images; by default '
-    'one for every four processors.', lower_bound=1)
+    'one for every four processors.', lower_bound=1, upper_bound=256)
 tf.flags.DEFINE_boolean(
     'log_device_placement', False, 'Show which device each operation is on.')
 tf.flags.adopt_module_key_flags(cifar10)
@@ -77,7 +86,7 @@ def build_step(dataset, global_step):
 
 
 def run_training(build, examples_per_step):
-  """Trains until --max_steps, or until a signal comes.
+  """Trains until --max_steps, or until something else ends it.
 
   Args:
     build: function that builds a step, as `build_step` does.
@@ -87,68 +96,58 @@ def run_training(build, examples_per_step):
     The exit code: 0, or 128 and the number of the signal.
 
   Raises:
-    UserError: --train_dir cannot be used, or holds the checkpoint of another
-      network; or the loss is not a number any more.
+    UserError: --train_dir cannot be used, another process uses it, or it holds
+      the checkpoint of another network; the loss is not a number any more; a
+      file of the data set has changed; the last checkpoint was not written.
   """
   dataset = cifar10.prepare_dataset()
-  checkpoint = _prepare_train_dir()
-  if _already_trained(checkpoint):
-    return 0
-  stop = StopOnSignalHook()
-  with tf.Graph().as_default():
+  with cifar10_input.locked(FLAGS.train_dir, 'train_dir'), \
+      tf.Graph().as_default():
+    checkpoint = _checkpoint_to_continue()
+    if _already_trained(checkpoint):
+      return 0
     tf.set_random_seed(FLAGS.seed)
     train_op, loss = build(dataset, tf.train.get_or_create_global_step())
     if checkpoint:
       cifar10.check_checkpoint(
           checkpoint, {v.op.name: v for v in tf.global_variables()})
-    if FLAGS.overwrite:  # Not before all else has turned out well.
-      _remove_earlier_run()
-    # Relative paths, so that train_dir may be moved.
-    saver = tf.train.Saver(save_relative_paths=True)
-    with tf.train.MonitoredTrainingSession(
-        checkpoint_dir=FLAGS.train_dir,
-        scaffold=tf.train.Scaffold(saver=saver),
-        save_checkpoint_secs=FLAGS.save_checkpoint_secs,
-        save_summaries_steps=FLAGS.save_summary_steps,
-        log_step_count_steps=FLAGS.save_summary_steps,
-        hooks=[tf.train.StopAtStepHook(last_step=FLAGS.max_steps),
-               LoggerHook(loss, examples_per_step),
-               stop],
-        config=tf.ConfigProto(
-            allow_soft_placement=True,
-            log_device_placement=FLAGS.log_device_placement)) as session:
-      while not session.should_stop():
-        session.run(train_op)
-  if stop.signum is None:
-    return 0
-  print('Stopped by %s with a checkpoint: the same command continues.'
-        % stop.signum.name)
-  return 128 + stop.signum
+    _tidy(checkpoint)
+    saver = Saver()
+    check_files = lambda: cifar10.check_files(dataset, dataset.train_files)
+    logger, stop = LoggerHook(loss, examples_per_step), StopHook(check_files)
+    try:
+      with _session(saver, [logger, stop]) as session:
+        while not session.should_stop():
+          session.run(train_op)
+    except tf.errors.OpError:
+      check_files()  # If one of them is the cause, this names it.
+      raise
+    return _how_it_ended(logger, stop, saver)
 
 
-def _prepare_train_dir():
-  """Makes --train_dir ready. Returns the checkpoint to go on from, or None."""
-  try:
-    os.makedirs(FLAGS.train_dir, exist_ok=True)
-  except OSError as error:
-    raise UserError('--train_dir=%s cannot be used: %s'
-                    % (FLAGS.train_dir, error)) from error
-  if not os.access(FLAGS.train_dir, os.W_OK):
-    raise UserError('--train_dir=%s cannot be written to.' % FLAGS.train_dir)
-  return (None if FLAGS.overwrite
-          else tf.train.latest_checkpoint(FLAGS.train_dir))
+def _session(saver, hooks):
+  """Starts a session, which restores the checkpoint that `checkpoint` names."""
+  return tf.train.MonitoredTrainingSession(
+      checkpoint_dir=FLAGS.train_dir,
+      scaffold=tf.train.Scaffold(saver=saver),
+      save_checkpoint_secs=FLAGS.save_checkpoint_secs,
+      save_summaries_steps=FLAGS.save_summary_steps,
+      log_step_count_steps=FLAGS.save_summary_steps,
+      hooks=[tf.train.StopAtStepHook(last_step=FLAGS.max_steps)] + hooks,
+      config=tf.ConfigProto(
+          allow_soft_placement=True,
+          log_device_placement=FLAGS.log_device_placement))
 
 
-def _remove_earlier_run():
-  """Removes what this suite writes to --train_dir, and nothing else."""
-  ours = re.compile(
-      r'checkpoint|graph\.pbtxt|model\.ckpt-\d+\..*|events\.out\.tfevents\..*')
-  try:
-    for name in os.listdir(FLAGS.train_dir):
-      if ours.fullmatch(name):
-        os.remove(os.path.join(FLAGS.train_dir, name))
-  except OSError as error:
-    raise UserError('--overwrite: %s' % error) from error
+def _checkpoint_to_continue():
+  """Returns the checkpoint in --train_dir to go on from, or None."""
+  if FLAGS.overwrite:
+    return None
+  checkpoint = cifar10.latest_checkpoint(FLAGS.train_dir)
+  if checkpoint is None and cifar10.checkpoints(FLAGS.train_dir):
+    raise UserError('no checkpoint in --train_dir=%s is whole: --overwrite '
+                    'starts anew.' % FLAGS.train_dir)
+  return checkpoint
 
 
 def _already_trained(checkpoint):
@@ -164,6 +163,74 @@ def _already_trained(checkpoint):
   return True
 
 
+def _tidy(checkpoint):
+  """Makes --train_dir ready, when all else has turned out well.
+
+  What a killed save left is removed, and with --overwrite all that this suite
+  writes, but nothing else. The file `checkpoint` names the one to restore.
+  """
+  if FLAGS.overwrite:
+    _remove(r'checkpoint|graph\.pbtxt|model\.ckpt-\d+\..*|'
+            r'events\.out\.tfevents\..*')
+  _remove_remains()
+  if checkpoint:
+    paths = cifar10.checkpoints(FLAGS.train_dir)
+    names = [os.path.basename(path)
+             for path in paths[:paths.index(checkpoint) + 1]]
+    tf.train.update_checkpoint_state(
+        FLAGS.train_dir, names[-1], names[-FLAGS.max_to_keep:])
+
+
+def _remove_remains():
+  """Removes files of checkpoints that were never finished."""
+  whole = map(os.path.basename, cifar10.checkpoints(FLAGS.train_dir))
+  _remove(r'.*\.tempstate\d+|.*\.tmp[0-9a-f]{32}|model\.ckpt-(?!(%s)\.)\d+\..*'
+          % '|'.join(name.split('-')[1] for name in whole))
+
+
+def _remove(pattern):
+  for name in os.listdir(FLAGS.train_dir):
+    if re.fullmatch(pattern, name):
+      os.remove(os.path.join(FLAGS.train_dir, name))
+
+
+class Saver(tf.train.Saver):
+  """Saves no checkpoint of numbers that are none, and outlives a full disk.
+
+  `failure` is why the last checkpoint could not be written, or None.
+  """
+
+  failure = None
+
+  def __init__(self):
+    # Relative paths, so that train_dir may be moved.
+    super().__init__(
+        max_to_keep=FLAGS.max_to_keep, save_relative_paths=True,
+        keep_checkpoint_every_n_hours=FLAGS.keep_checkpoint_every_n_hours)
+    self._are_finite = tf.reduce_all([
+        tf.reduce_all(tf.is_finite(variable))
+        for variable in tf.global_variables() if variable.dtype.is_floating])
+
+  def save(self, sess, *arguments, **options):
+    if not sess.run(self._are_finite):
+      raise UserError(_not_a_number('a variable is not finite'))
+    try:
+      checkpoint = super().save(sess, *arguments, **options)
+      self.failure = None
+      return checkpoint
+    except (OSError, tf.errors.OpError) as error:
+      self.failure = cifar10.what_went_wrong(error)
+      print('A checkpoint could not be written: %s' % self.failure,
+            file=sys.stderr)
+      _remove_remains()
+
+
+def _not_a_number(what):
+  return ('%s. The last checkpoint in %s is older: start again to try from '
+          'there; if it comes back, look at the data, or compute in float32.'
+          % (what, FLAGS.train_dir))
+
+
 class LoggerHook(tf.train.SessionRunHook):
   """Prints loss and speed every --log_frequency steps."""
 
@@ -172,7 +239,7 @@ class LoggerHook(tf.train.SessionRunHook):
     self._examples_per_step = examples_per_step
 
   def after_create_session(self, session, coord):
-    self._step = session.run(tf.train.get_global_step())
+    self.step = session.run(tf.train.get_global_step())
     self._steps_since_line = 0
     self._start_time = time.time()
 
@@ -182,40 +249,72 @@ class LoggerHook(tf.train.SessionRunHook):
   def after_run(self, run_context, run_values):
     loss_value = run_values.results
     if not math.isfinite(loss_value):
-      raise UserError(
-          'the loss is %s at step %d. The last checkpoint in %s is older: '
-          'start again to try from there.'
-          % (loss_value, self._step, FLAGS.train_dir))
+      raise UserError(_not_a_number(
+          'the loss is %s at step %d' % (loss_value, self.step)))
     self._steps_since_line += 1
-    if self._step % FLAGS.log_frequency == 0:
+    if self.step % FLAGS.log_frequency == 0:
       secs = (time.time() - self._start_time) / self._steps_since_line
       print('%s: step %d, loss = %.2f (%.1f examples/sec; %.3f sec/batch)' % (
-          datetime.now(), self._step, loss_value,
+          datetime.now(), self.step, loss_value,
           self._examples_per_step / secs, secs), flush=True)
       self._start_time = time.time()
       self._steps_since_line = 0
-    self._step += 1
+    self.step += 1
 
 
-class StopOnSignalHook(tf.train.SessionRunHook):
-  """Ends the session after the step in which Ctrl-C or SIGTERM came.
+class StopHook(tf.train.SessionRunHook):
+  """Ends the session after the step in which something came up.
 
-  A second one finds the system's own handler and ends the process at once.
+  `signum` is the signal that came, or None; `error` is what `check()`, called
+  once a second, raised. `disk_was_full` does not end it: that may pass, but
+  TensorFlow says nothing of the summaries that it loses meanwhile.
   """
 
-  signum = None
+  signum = error = None
+  disk_was_full = False
+
+  def __init__(self, check):
+    self._check = check
+    self._next_check = 0
 
   def begin(self):
-    for signum in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(signum, self._stop)
-
-  def _stop(self, signum, frame):
-    self.signum = signal.Signals(signum)
-    signal.signal(signum, signal.SIG_DFL)
+    cifar10.handle_signals(lambda signum: setattr(self, 'signum', signum))
 
   def after_run(self, run_context, run_values):
-    if self.signum is not None:
+    if time.time() >= self._next_check:
+      self._next_check = time.time() + 1
+      try:
+        self._check()
+      except UserError as error:
+        self.error = error
+      if os.statvfs(FLAGS.train_dir).f_bavail == 0 and not self.disk_was_full:
+        self.disk_was_full = True
+        print('The disk of --train_dir=%s is full.' % FLAGS.train_dir,
+              file=sys.stderr)
+    if self.signum or self.error:
       run_context.request_stop()
+
+
+def _how_it_ended(logger, stop, saver):
+  """Returns the exit code, or raises what the user must know."""
+  if saver.failure:
+    raise UserError('the last checkpoint could not be written: %s. The one '
+                    'before is whole; make room, and start again.'
+                    % saver.failure)
+  if stop.error:
+    raise stop.error
+  if stop.disk_was_full:
+    raise UserError('the checkpoint of step %d is whole, but summaries may be '
+                    'lost: the disk of --train_dir=%s was full.'
+                    % (logger.step, FLAGS.train_dir))
+  if stop.signum:
+    print('Stopped by %s with a checkpoint: the same command continues.'
+          % stop.signum.name)
+    return 128 + stop.signum
+  if logger.step < FLAGS.max_steps:
+    raise UserError('the input ended at step %d: has a file of the data set '
+                    'changed?' % logger.step)
+  return 0
 
 
 def main(argv=None):

@@ -42,7 +42,9 @@ _HANG_SECS = 240
 def fresh_start():
   """Gives each test its own graph, flags, signal handlers and patience."""
   faulthandler.dump_traceback_later(_HANG_SECS, exit=True)
-  handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+  handlers = {
+      s: signal.getsignal(s)
+      for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
   values = FLAGS.flag_values_dict()
   with tf.Graph().as_default():
     tf.set_random_seed(1)

@@ -8,7 +8,9 @@ import gzip
 import hashlib
 import http.server
 import io
+import os
 import pathlib
+import signal
 import socket
 import tarfile
 import threading
@@ -77,19 +79,26 @@ def whole(tiny, records):
 def server(monkeypatch, whole):
   """A server of one archive: its `url`, `content`, and what was asked of it.
 
-  It breaks off after `sends` bytes if that is set.
+  It breaks off after `sends` bytes if that is set, or then says nothing more
+  until `patience` is set.
   """
   state = types.SimpleNamespace(
-      content=whole, sends=None, status=200, requests=[])
+      content=whole, sends=None, status=200, requests=[], location=None,
+      patience=None)
 
   class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
       state.requests.append(self.path)
-      self.send_response(state.status)
+      location, state.location = state.location, None
+      self.send_response(302 if location else state.status)
+      if location:
+        self.send_header('Location', location)
       self.send_header('Content-Length', str(len(state.content)))
       self.end_headers()
       self.wfile.write(state.content[:state.sends])
+      if state.patience:
+        state.patience.wait()
 
     def log_message(self, *unused):
       pass
@@ -141,7 +150,7 @@ def _tree(folder):
   """Returns all that lies below a folder: files with their contents."""
   return {str(path.relative_to(folder)): path.read_bytes()
           for path in pathlib.Path(folder).rglob('*')
-          if path.is_file() or path.is_symlink()}
+          if path.name != '.lock' and (path.is_file() or path.is_symlink())}
 
 
 def _extracted(dataset, records):
@@ -262,6 +271,49 @@ def test_server_that_has_no_archive_is_reported(
   assert _tree(data_dir) == {}
 
 
+def test_redirect_is_followed(dataset, data_dir, server, records, whole):
+  server.location = '/elsewhere.tar.gz'
+  _get(dataset, data_dir)
+  assert server.requests == ['/' + ARCHIVE, '/elsewhere.tar.gz']
+  assert _tree(data_dir) == {ARCHIVE: whole, **_extracted(dataset, records)}
+
+
+@pytest.mark.parametrize('sends', [0, 1000])
+def test_server_that_falls_silent_is_given_up(
+    dataset, data_dir, server, monkeypatch, sends):
+  monkeypatch.setattr(cifar10_input, '_DOWNLOAD_TIMEOUT_SECS', 0.5)
+  server.sends, server.patience = sends, threading.Event()
+  try:
+    message = _fail(dataset, data_dir)
+  finally:
+    server.patience.set()
+  assert 'timed out' in message and server.url in message
+  assert _tree(data_dir) == {}
+
+
+def test_page_in_the_place_of_the_archive_is_not_taken_for_it(
+    dataset, data_dir, server):
+  server.content = b'<html>Please log in.</html>' * 1000
+  message = _fail(dataset, data_dir)
+  assert 'SHA-256' in message and server.url in message
+  assert _tree(data_dir) == {}
+
+
+def test_signal_ends_a_download_and_leaves_nothing(
+    dataset, data_dir, server, monkeypatch, call_script):
+  server.sends, server.patience = 1000, threading.Event()
+  monkeypatch.setitem(cifar10_input.DATASETS, 'cifar10', dataset)
+  timer = threading.Timer(
+      1, lambda: (os.kill(os.getpid(), signal.SIGTERM), server.patience.set()))
+  timer.start()
+  run = call_script(
+      cifar10_train.main, '--dataset=cifar10', '--data_dir=%s' % data_dir,
+      '--train_dir=%s' % (data_dir.parent / 'train'))
+  assert run.code == 143
+  assert run.stderr == 'script.py: stopped by SIGTERM.\n'
+  assert _tree(data_dir) == {}
+
+
 @pytest.mark.parametrize('url', [
     'http://127.0.0.1:1/\u00e4.tar.gz', 'http://[/tiny.tar.gz'])
 def test_url_that_is_none_is_named(dataset, data_dir, url):
@@ -326,7 +378,7 @@ def test_of_two_first_starts_one_gets_the_data_and_the_other_waits(
       '--eval_dir=%s' % (tmp_path / 'eval'), '--run_once')
   trainer, evaluation = finish(trainer), finish(evaluation)
   assert (trainer.code, trainer.stderr) == (0, '')
-  assert 'no checkpoint' in evaluation.stderr
+  assert 'no whole checkpoint' in evaluation.stderr
   generated = trainer.stdout + evaluation.stdout
   assert generated.count('Generating the synthetic data set.') == 1
 
@@ -418,6 +470,15 @@ def test_hostile_members_write_nothing_but_the_files(
       'outside/secret': b'secret', 'outer/data/' + ARCHIVE: archive,
       **{'outer/data/' + name: content
          for name, content in _extracted(dataset, records).items()}}
+
+
+def test_bomb_is_not_unpacked_to_the_end(
+    dataset, data_dir, server, members):
+  bomb = _archive(_member('bomb', bytes(100 << 20)), *members)
+  assert len(bomb) < 1 << 20
+  message = _fail(_serve(server, dataset, bomb), data_dir)
+  assert 'unpacks to more than' in message
+  assert _tree(data_dir) == {ARCHIVE: bomb}
 
 
 @pytest.mark.parametrize('member', ['link', 'folder'])

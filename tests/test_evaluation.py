@@ -246,7 +246,7 @@ def test_evaluation_ends_if_no_checkpoint_comes_in_time(evaluate, tmp_path):
 
 
 @pytest.mark.parametrize('signum, code', [
-    (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signal_ends_the_evaluation_in_one_line(
     evaluate, always, tmp_path, monkeypatch, signum, code):
   monkeypatch.setattr(

@@ -420,7 +420,7 @@ FLAWS = {
     'cut': (_cut, 'has 101409 bytes, not 307300'),
     'grown': (_grow, 'has 310373 bytes, not 307300'),
     'mislabelled': (_mislabel, 'label 200 in record 41'),
-    'a folder': (_replace_by_folder, 'is missing'),
+    'a folder': (_replace_by_folder, 'is not a file'),
 }
 
 
@@ -485,7 +485,7 @@ def test_generated_files_have_their_exact_sizes(synthetic_dir):
   assert {name: len(content) for name, content in contents.items()} == {
       'data_batch_1.bin': 15365000, 'data_batch_2.bin': 15365000,
       'test_batch.bin': 6146000}
-  assert os.listdir(synthetic_dir) == [SYNTHETIC.folder]
+  assert sorted(os.listdir(synthetic_dir)) == ['.lock', SYNTHETIC.folder]
 
 
 def test_generated_labels_are_of_all_classes(synthetic_dir):
@@ -527,7 +527,7 @@ def test_what_is_missing_is_generated_again(tmp_path, tiny, tiny_dir):
   (tmp_path / (tiny.folder + '.partial') / 'first.bin').write_bytes(b'half')
   cifar10_input.maybe_download_and_extract(tiny, str(tmp_path))
   assert _contents(tmp_path / tiny.folder) == _contents(tiny_dir / tiny.folder)
-  assert os.listdir(tmp_path) == [tiny.folder]
+  assert sorted(os.listdir(tmp_path)) == ['.lock', tiny.folder]
 
 
 def test_a_data_directory_that_cannot_be_used_is_named(tmp_path, tiny):

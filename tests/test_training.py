@@ -363,7 +363,8 @@ def _copy_run(source, train_dir):
 
 def _contents(folder):
   return {str(path.relative_to(folder)): path.read_bytes()
-          for path in folder.rglob('*') if path.is_file()}
+          for path in folder.rglob('*')
+          if path.is_file() and path.name != '.lock'}
 
 
 def test_run_with_more_steps_continues_at_the_saved_step(
@@ -528,7 +529,7 @@ class _SignalHook(tf.train.SessionRunHook):
 
 
 @pytest.mark.parametrize('signum, code', [
-    (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize('script', BUILDERS)
 def test_signal_ends_training_after_the_step_it_came_in(
     use_tiny, call_script, tmp_path, monkeypatch, script, signum, code):
@@ -680,9 +681,9 @@ def test_bad_value_of_a_flag_is_explained_in_one_line(call_script, flag):
 
 
 @pytest.mark.parametrize('flag, allowed', [
-    ('--batch_size=0', 'positive integer'),
+    ('--batch_size=0', '[1, 1000000]'),
     ('--max_steps=x', 'positive integer'),
-    ('--eval_interval_secs=-1', 'non-negative integer'),
+    ('--eval_timeout_secs=-1', 'non-negative integer'),
     ('--eval_data=foo', 'test|train_eval'),
     ('--dataset=x', 'cifar10|synthetic'),
     ('--data_url=x', 'https://'),
