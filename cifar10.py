@@ -8,6 +8,7 @@
 These verbs build a graph. To run it is the business of cifar10_train.py and its
 siblings, or of a script of your own.
 """
+import json
 import os
 import re
 import signal
@@ -31,14 +32,22 @@ tf.flags.DEFINE_boolean(
     'use_fp16', False, 'Compute activations in float16, on GPUs; variables and '
     'losses stay in float32.')
 
-# The recipe of training.
-MOVING_AVERAGE_DECAY = 0.9999     # Of the variables, for evaluation.
+# The recipe of training. Flags of the same names change it.
+INITIAL_LEARNING_RATE = 0.1
+LEARNING_RATE_SCHEDULE = 'staircase'
 NUM_EPOCHS_PER_DECAY = 350.0      # Epochs until the learning rate falls.
 LEARNING_RATE_DECAY_FACTOR = 0.1  # What it is multiplied with then.
-INITIAL_LEARNING_RATE = 0.1
+MOMENTUM = 0.0
+WEIGHT_DECAY = 0.004              # Of the layers after the convolutions.
+MOVING_AVERAGE_DECAY = 0.9999     # Of the variables, for evaluation.
 
 # What the names of the operations of each tower of a multi-GPU run start with.
 TOWER_NAME = 'tower'
+
+
+def flag(name, default):
+  """Returns a flag's value; a reader's own script may not have such a flag."""
+  return FLAGS[name].value if name in FLAGS else default
 
 
 # The input, from where the flags say.
@@ -50,7 +59,7 @@ def maybe_download_and_extract(dataset=CIFAR10, url=None, sha256=None):
       dataset, FLAGS.data_dir, url, sha256)
 
 
-def distorted_inputs(dataset=CIFAR10, batch_size=None, num_threads=None):
+def distorted_inputs(dataset=CIFAR10, batch_size=None):
   """Builds the input of training, from --data_dir; see `cifar10_input`.
 
   Returns:
@@ -60,7 +69,12 @@ def distorted_inputs(dataset=CIFAR10, batch_size=None, num_threads=None):
   """
   images, labels = cifar10_input.distorted_inputs(
       os.path.join(FLAGS.data_dir, dataset.folder),
-      batch_size or FLAGS.batch_size, dataset, num_threads)
+      batch_size or FLAGS.batch_size, dataset,
+      num_threads=flag('num_preprocess_threads', None),
+      min_fraction_of_examples_in_queue=flag(
+          'min_fraction_of_examples_in_queue',
+          cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE),
+      deterministic=flag('deterministic', False))
   _image_summary('images', images)
   return images, labels
 
@@ -100,22 +114,28 @@ def inference(images, num_classes=NUM_CLASSES):
     probabilities.
   """
   images = tf.cast(images, _activation_dtype())
+  decay = flag('weight_decay', WEIGHT_DECAY)
   pool1 = _convolution('conv1', images, channels=64, bias=0.0, pooling='pool1')
   norm1 = local_response_normalization(pool1, name='norm1')
   conv2 = _convolution('conv2', norm1, channels=64, bias=0.1)
   norm2 = local_response_normalization(conv2, name='norm2')
   pool2 = _max_pooling('pool2', norm2)
-  local3 = _fully_connected('local3', pool2, 384, stddev=0.04, decay=0.004)
-  local4 = _fully_connected('local4', local3, 192, stddev=0.04, decay=0.004)
-  logits = _fully_connected('softmax_linear', local4, num_classes,
-                            stddev=1 / 192.0, bias=0.0, activation=tf.identity)
+  if flag('model', 'default') == 'local':  # As cuda-convnet has it.
+    local3 = _locally_connected('local3', pool2, 32, stddev=0.04, decay=decay)
+    local4 = _locally_connected('local4', local3, 32, stddev=0.04, decay=decay)
+    stddev = 0.01
+  else:
+    local3 = _fully_connected('local3', pool2, 384, stddev=0.04, decay=decay)
+    local4 = _fully_connected('local4', local3, 192, stddev=0.04, decay=decay)
+    stddev = 1 / 192.0
+  logits = _fully_connected('softmax_linear', local4, num_classes, stddev,
+                            bias=0.0, activation=tf.identity)
   return tf.cast(logits, tf.float32)
 
 
 def _activation_dtype():
   """Returns what the flags say, with a warning where that is not wise."""
-  # A reader's own script has the first flag, and may not have the second.
-  use_bfloat16 = 'use_bfloat16' in FLAGS and FLAGS.use_bfloat16
+  use_bfloat16 = flag('use_bfloat16', False)
   if not tf.config.list_physical_devices('GPU'):
     if FLAGS.use_fp16:
       tf.logging.log_first_n(
@@ -208,6 +228,28 @@ def local_response_normalization(
     return normalize(images)
 
 
+def _locally_connected(name, images, channels, stddev, decay):
+  """3x3 convolution with weights of its own at each place, then ReLU."""
+  with tf.variable_scope(name):
+    _, height, width, depth = images.shape.as_list()
+    weights, biases = _weights_and_biases(
+        [height * width, 9 * depth, channels], images.dtype, stddev, decay,
+        bias=0.1, bias_shape=[height, width, channels])
+    # With the places in front it is a matrix product for each of them, and a
+    # patch is made of whole neighbours.
+    padded = tf.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]])
+    height_2, width_2 = height + 2, width + 2
+    places = tf.reshape(tf.transpose(padded, [1, 2, 0, 3]),
+                        [height_2 * width_2, -1, depth])
+    number = np.arange(height_2 * width_2).reshape(height_2, width_2)
+    patches = tf.concat([
+        tf.gather(places, number[y:y + height, x:x + width].ravel())
+        for y in range(3) for x in range(3)], axis=2)
+    products = tf.transpose(tf.matmul(patches, weights), [1, 0, 2])
+    products = tf.reshape(products, [-1, height, width, channels])
+    return _activation(tf.nn.relu(products + biases))
+
+
 def _fully_connected(name, values, units, stddev, decay=None, bias=0.1,
                      activation=tf.nn.relu):
   """Matrix product with ReLU, or with another activation function."""
@@ -219,7 +261,7 @@ def _fully_connected(name, values, units, stddev, decay=None, bias=0.1,
     return _activation(activation(tf.nn.bias_add(product, biases)))
 
 
-def _weights_and_biases(shape, dtype, stddev, decay, bias):
+def _weights_and_biases(shape, dtype, stddev, decay, bias, bias_shape=None):
   """Makes a layer's variables.
 
   They are float32 in the CPU's memory, where all towers share them.
@@ -230,6 +272,7 @@ def _weights_and_biases(shape, dtype, stddev, decay, bias):
     stddev: of the truncated normal distribution of the initial weights.
     decay: factor of the weights' L2 loss in the collection `losses`, or None.
     bias: the initial biases.
+    bias_shape: of the biases; by default one for each output.
 
   Returns:
     Weights and biases, as tensors of the dtype.
@@ -239,7 +282,8 @@ def _weights_and_biases(shape, dtype, stddev, decay, bias):
         'weights', shape,
         initializer=tf.truncated_normal_initializer(stddev=stddev))
     biases = tf.get_variable(
-        'biases', shape[-1:], initializer=tf.constant_initializer(bias))
+        'biases', bias_shape or shape[-1:],
+        initializer=tf.constant_initializer(bias))
   if decay is not None:
     weight_loss = tf.multiply(tf.nn.l2_loss(weights), decay, name='weight_loss')
     tf.add_to_collection('losses', weight_loss)
@@ -293,19 +337,29 @@ def train(total_loss, global_step, dataset=CIFAR10):
 
 
 def make_optimizer(global_step, examples_per_step, dataset=CIFAR10):
-  """Returns gradient descent whose learning rate falls every 350 epochs.
+  """Returns gradient descent, whose learning rate falls as the flags say.
 
   Args:
     global_step: int64 variable, the number of steps done.
     examples_per_step: images that one step learns from, over all towers.
     dataset: the `cifar10_input.Dataset`, whose size makes an epoch.
   """
-  decay_steps = max(1, int(
-      dataset.num_train_examples / examples_per_step * NUM_EPOCHS_PER_DECAY))
-  learning_rate = tf.train.exponential_decay(
-      INITIAL_LEARNING_RATE, global_step, decay_steps,
-      LEARNING_RATE_DECAY_FACTOR, staircase=True)
+  initial_rate = flag('learning_rate', INITIAL_LEARNING_RATE)
+  schedule = flag('learning_rate_schedule', LEARNING_RATE_SCHEDULE)
+  if schedule == 'staircase':  # Tenfold every 350 epochs.
+    decay_steps = max(1, int(
+        dataset.num_train_examples / examples_per_step * NUM_EPOCHS_PER_DECAY))
+    learning_rate = tf.train.exponential_decay(
+        initial_rate, global_step, decay_steps, LEARNING_RATE_DECAY_FACTOR,
+        staircase=True)
+  else:  # To zero at the last step.
+    done = tf.minimum(1.0, tf.cast(global_step, tf.float32) / FLAGS.max_steps)
+    learning_rate = initial_rate * (
+        1 - done if schedule == 'linear' else (1 + tf.cos(np.pi * done)) / 2)
   _scalar_summary('learning_rate', learning_rate)
+  momentum = flag('momentum', MOMENTUM)
+  if momentum:
+    return tf.train.MomentumOptimizer(learning_rate, momentum)
   return tf.train.GradientDescentOptimizer(learning_rate)
 
 
@@ -324,7 +378,7 @@ def apply_gradients(optimizer, gradients, global_step, losses):
   apply_gradient_op = optimizer.apply_gradients(gradients, global_step)
   with tf.control_dependencies([apply_gradient_op]):
     variable_averages = tf.train.ExponentialMovingAverage(
-        MOVING_AVERAGE_DECAY, global_step)
+        flag('moving_average_decay', MOVING_AVERAGE_DECAY), global_step)
     variable_averages_op = variable_averages.apply(tf.trainable_variables())
   # The losses of single batches jump: their averages are for looking at. The
   # original's checkpoints have them under this name.
@@ -339,6 +393,7 @@ def apply_gradients(optimizer, gradients, global_step, losses):
     if gradient is not None:  # The loss need not depend on all variables.
       _histogram_summary(variable.op.name + '/gradients', gradient)
   _activation_summaries()
+  _filter_summary()
   return tf.group(variable_averages_op, loss_averages_op, name='step')
 
 
@@ -380,6 +435,20 @@ def _activation_summaries():
     _scalar_summary(layer + '/sparsity', zeros)
 
 
+def _filter_summary():
+  """The filters of conv1, side by side, as colours around grey."""
+  for variable in tf.trainable_variables('conv1/weights'):
+    filters = tf.pad(variable, [[1, 0], [1, 0], [0, 0], [0, 0]])
+    height, width, depth, count = filters.shape.as_list()
+    across = int(np.ceil(count ** 0.5))
+    filters = tf.pad(filters, [[0, 0]] * 3 + [[0, across * across - count]])
+    picture = tf.reshape(
+        tf.transpose(tf.reshape(
+            filters, [height, width, depth, across, across]), [3, 0, 4, 1, 2]),
+        [1, across * height, across * width, depth])
+    _image_summary('conv1/filters', picture)
+
+
 # What the scripts share beside the network.
 
 
@@ -390,15 +459,27 @@ def define_flags():
   tf.flags.DEFINE_boolean(
       'use_bfloat16', False, 'Compute activations in bfloat16, on GPUs and on '
       'CPUs with AVX512-BF16 or AMX; variables and losses stay in float32.')
+  tf.flags.DEFINE_string(
+      'dataset', CIFAR10.name, 'What to learn from: %s, or a folder with your '
+      'own pictures in train/CLASS/ and test/CLASS/. (synthetic is made here.)'
+      % ', '.join(sorted(cifar10_input.DATASETS)))
   tf.flags.DEFINE_enum(
-      'dataset', CIFAR10.name, sorted(cifar10_input.DATASETS),
-      'What to learn from: CIFAR-10, or pictures that are generated here.')
+      'label', 'fine', ['fine', 'coarse'], 'Which labels of CIFAR-100: '
+      'those of the 100 classes, or of the 20 superclasses.')
+  tf.flags.DEFINE_enum(
+      'model', 'default', ['default', 'local'], 'The network: with two fully '
+      'connected layers, or with two locally connected ones.')
   tf.flags.DEFINE_string(
       'data_url', None, 'Where to download the archive of the data set from '
       '(http, https or file) instead of the place where it is published.')
   tf.flags.DEFINE_string(
       'data_sha256', None, 'Its checksum, if it is not the published archive.')
   tf.flags.mark_bool_flags_as_mutual_exclusive(['use_fp16', 'use_bfloat16'])
+  tf.flags.register_validator(
+      'dataset', lambda name: name in cifar10_input.DATASETS
+      or os.path.isdir(os.path.expanduser(name)),
+      'must be %s, or a folder with pictures'
+      % ', '.join(sorted(cifar10_input.DATASETS)))
   tf.flags.register_validator(
       'data_url', lambda url: not url or re.match('(https?|file)://', url),
       'must start with http://, https:// or file://')
@@ -417,9 +498,66 @@ def refuse_patterns(flag):
 
 def prepare_dataset():
   """Returns the data set that --dataset names, after a download if need be."""
-  dataset = cifar10_input.DATASETS[FLAGS.dataset]
+  name = FLAGS.dataset
+  if name not in cifar10_input.DATASETS:
+    dataset = cifar10_input.pictures(os.path.expanduser(name), FLAGS.data_dir)
+    FLAGS.dataset = dataset.name  # From wherever one looks.
+    return dataset
+  dataset = cifar10_input.DATASETS[name]
+  if FLAGS.label == 'coarse':
+    if name != 'cifar100':
+      raise UserError('--label=coarse is for --dataset=cifar100.')
+    dataset = cifar10_input.CIFAR100_COARSE
   maybe_download_and_extract(dataset, FLAGS.data_url, FLAGS.data_sha256)
   return dataset
+
+
+# What a run was started with, in its train_dir.
+
+_RUN_FILE = 'run.json'
+_SHAPING_FLAGS = ('dataset', 'label', 'model')
+_ADOPTED_FLAGS = _SHAPING_FLAGS + ('data_dir', 'use_bfloat16', 'use_fp16')
+
+
+def write_run(folder):
+  """Writes all flags, and versions, for those who want to know later."""
+  FLAGS.data_dir = os.path.abspath(FLAGS.data_dir)
+  with open(os.path.join(folder, _RUN_FILE), 'w') as f:
+    json.dump({
+        'flags': {flag.name: flag.value
+                  for module, flags in FLAGS.flags_by_module_dict().items()
+                  if os.path.basename(module).startswith('cifar10')
+                  for flag in flags},
+        'versions': {'tensorflow': tf.version.VERSION, 'numpy': np.__version__,
+                     'python': sys.version.split()[0]}}, f, indent=1)
+
+
+def _read_run(folder):
+  """Returns the flags of the run in a folder, none if they are not known."""
+  try:
+    with open(os.path.join(folder, _RUN_FILE)) as f:
+      return json.load(f)['flags']
+  except (OSError, ValueError, KeyError, TypeError):
+    return {}
+
+
+def check_run(folder):
+  """Raises a UserError if the run in a folder is of another network or data."""
+  for name, value in _read_run(folder).items():
+    if name in _SHAPING_FLAGS and value != FLAGS[name].value:
+      raise UserError(
+          '%s was trained with --%s=%s, not %s: say so again, or name another '
+          '--train_dir.' % (folder, name, value, FLAGS[name].value))
+
+
+def adopt_run(folder):
+  """Takes what the command line does not say from the run in a folder."""
+  for name, value in _read_run(folder).items():
+    if name in _ADOPTED_FLAGS and not FLAGS[name].present:
+      FLAGS[name].value = value
+
+
+# Checkpoints.
 
 
 def checkpoints(folder):
@@ -483,7 +621,7 @@ _ENVIRONMENT_ERRORS = (
     tf.errors.ResourceExhaustedError, tf.errors.DataLossError)
 
 
-def run(main):
+def run(main, takes_arguments=False):
   """Parses the flags, runs a script's `main(argv)` and exits with its result.
 
   What a user can mend is one line on stderr: exit code 2 for flags, 1 for all
@@ -503,7 +641,7 @@ def run(main):
     if FLAGS.help:
       print(sys.modules['__main__'].__doc__ + FLAGS.main_module_help())
       sys.exit(0)
-    if argv[1:]:
+    if argv[1:] and not takes_arguments:
       raise tf.flags.Error('what is %r? Flags look like --name=value' % argv[1])
     sys.exit(main(argv))
   except tf.flags.Error as error:

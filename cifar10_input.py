@@ -19,6 +19,7 @@ import fcntl
 import functools
 import gzip
 import hashlib
+import json
 import logging
 import os
 import re
@@ -26,6 +27,7 @@ import shutil
 import socket
 import sys
 import tarfile
+import time
 import types
 import zlib
 
@@ -89,7 +91,7 @@ class UserError(ValueError):
 class Dataset:
   """The description of a data set in CIFAR-10's binary format.
 
-  A record is `label_bytes` bytes, the last of which is the label, and then the
+  A record is `label_bytes` bytes, one of which is the label, and then the
   picture: its red, its green and its blue plane, each row by row.
   """
   name: str          # What --dataset calls it.
@@ -99,15 +101,21 @@ class Dataset:
   eval_files: dict   # The same for the files to evaluate on.
   classes: tuple     # The name of each label.
   label_bytes: int = 1
+  label_byte: int = -1  # Which of them is the label; the last one.
   height: int = 32   # Of a picture, in pixels.
   width: int = 32
   depth: int = 3     # Channels.
-  url: str = None    # Of the published archive; None: the files are generated.
-  sha256: str = None  # Of the archive, in hexadecimal.
+  downloads: dict = dataclasses.field(default_factory=dict)  # SHA-256 by URL.
+  make: object = None  # Function of the data set, its downloads and a folder,
+                       # which writes the files there.
 
   @property
   def record_bytes(self):
     return self.label_bytes + self.height * self.width * self.depth
+
+  @property
+  def label_offset(self):
+    return self.label_byte % self.label_bytes
 
   @property
   def files(self):
@@ -123,34 +131,6 @@ class Dataset:
   @property
   def num_eval_examples(self):
     return sum(self.eval_files.values())
-
-
-CIFAR10 = Dataset(
-    name='cifar10',
-    title='CIFAR',
-    folder='cifar-10-batches-bin',
-    train_files={'data_batch_%d.bin' % i: 10000 for i in range(1, 6)},
-    eval_files={'test_batch.bin': 10000},
-    classes=('airplane', 'automobile', 'bird', 'cat', 'deer',
-             'dog', 'frog', 'horse', 'ship', 'truck'),
-    url='https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
-    sha256='c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd')
-
-SYNTHETIC = Dataset(
-    name='synthetic',
-    title='synthetic',
-    folder='synthetic-batches-bin',
-    train_files={'data_batch_1.bin': 5000, 'data_batch_2.bin': 5000},
-    eval_files={'test_batch.bin': 2000},
-    classes=('disc', 'square', 'diamond', 'triangle', 'cross', 'ring',
-             'square_outline', 'diamond_outline', 'triangle_outline',
-             'cross_outline'))
-
-DATASETS = {dataset.name: dataset for dataset in (CIFAR10, SYNTHETIC)}
-
-NUM_CLASSES = len(CIFAR10.classes)
-NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = CIFAR10.num_train_examples
-NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = CIFAR10.num_eval_examples
 
 
 # Getting the data.
@@ -227,33 +207,31 @@ def locked(folder, flag, wait=False):
 
 
 def _get(dataset, folder, url, sha256):
-  """Downloads or generates a data set's files."""
+  """Downloads, converts or generates a data set's files."""
   # They move to their folder when all of them are whole, not before.
   partial = folder + '.partial'
   shutil.rmtree(partial, ignore_errors=True)
   os.makedirs(partial)
   try:
-    if dataset.url:
-      archive = _download(
-          dataset, os.path.dirname(folder), url or dataset.url,
-          (sha256 or dataset.sha256).lower())
-      _extract(archive, dataset, partial)
-    else:
-      _write_synthetic(dataset, partial)
+    downloads = [
+        _download(published, url or published, (sha256 or its_sha256).lower(),
+                  os.path.dirname(folder))
+        for published, its_sha256 in dataset.downloads.items()]
+    dataset.make(dataset, downloads, partial)
     os.makedirs(folder, exist_ok=True)
-    for name in dataset.files:
+    for name in os.listdir(partial):
       if not os.path.exists(os.path.join(folder, name)):  # Else it is theirs.
         os.replace(os.path.join(partial, name), os.path.join(folder, name))
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _download(dataset, data_dir, url, sha256):
-  """Returns the path of the archive in data_dir, whose checksum is right.
+def _download(published, url, sha256, data_dir):
+  """Returns the path of a download in data_dir, whose checksum is right.
 
   A plain http mirror is as good as any: it is the checksum that we trust.
   """
-  archive = os.path.join(data_dir, os.path.basename(dataset.url))
+  archive = os.path.join(data_dir, os.path.basename(published))
   if os.path.isfile(archive):
     found = _sha256(archive)
     if found != sha256:
@@ -295,8 +273,9 @@ def _sha256(path):
   return digest.hexdigest()
 
 
-def _extract(archive, dataset, destination):
-  """Extracts the data set's files, and nothing else that is in an archive."""
+def _extract(dataset, archives, destination):
+  """Extracts the data set's files, and nothing else that is in its archive."""
+  archive, = archives
   missing = {'%s/%s' % (dataset.folder, name): name for name in dataset.files}
   # Nobody waits for a bomb that unpacks to far more than this.
   max_bytes = 4 * sum(map(dataset.size_bytes, dataset.files)) + (1 << 20)
@@ -320,15 +299,154 @@ def _extract(archive, dataset, destination):
         dataset.size_bytes(missing[min(missing)])))
 
 
-def _write_synthetic(dataset, folder):
+def _convert_svhn(dataset, downloads, folder):
+  """Writes the records of SVHN's MATLAB files."""
+  try:
+    import scipy.io
+  except ImportError:
+    raise UserError('--dataset=svhn needs scipy to read its files: pip install '
+                    'scipy.') from None
+  for path, name in zip(downloads, dataset.files):
+    print('Converting %s' % path, flush=True)
+    try:
+      contents = scipy.io.loadmat(path)
+      pictures, labels = contents['X'], contents['y']
+    except (OSError, ValueError, TypeError, KeyError) as error:
+      raise UserError('%s is not a file of SVHN (%s): delete it and start '
+                      'again.' % (path, error)) from error
+    # X is [height, width, depth, n]. The digit 0 has the label 10.
+    _write_records(os.path.join(folder, name), labels % 10,
+                   pictures.transpose(3, 2, 0, 1))
+
+
+def _write_records(path, labels, planes):
+  """Writes labels [n] and planes [n, depth, height, width] as records."""
+  records = np.c_[labels.reshape(-1), planes.reshape(len(planes), -1)]
+  records.astype(np.uint8).tofile(path)
+
+
+def pictures(folder, data_dir):
+  """Describes a reader's own pictures, converted to records if need be.
+
+  Args:
+    folder: has train/CLASS/ and test/CLASS/, with JPEG, PNG, GIF or BMP files
+      of any size.
+    data_dir: folder of all data sets, where the records go.
+
+  Returns:
+    A `Dataset`.
+
+  Raises:
+    UserError: there are no such folders, or no pictures in them.
+  """
+  folder = os.path.abspath(folder)
+  classes = sorted(
+      name for name in os.listdir(os.path.join(folder, 'train'))
+      if os.path.isdir(os.path.join(folder, 'train', name))
+  ) if os.path.isdir(os.path.join(folder, 'train')) else []
+  listing = [
+      (part, label, path, os.path.getsize(path), os.path.getmtime(path))
+      for part in ('train', 'test') for label, name in enumerate(classes)
+      for path in _files_below(os.path.join(folder, part, name))]
+  if len(classes) < 2 or {row[0] for row in listing} != {'train', 'test'}:
+    raise UserError(
+        '--dataset=%s is no data set that is known by that name, nor a folder '
+        'with pictures in train/CLASS/ and test/CLASS/.' % folder)
+  digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+  dataset = Dataset(
+      name=folder, title=os.path.basename(folder),
+      folder='%s-%s' % (os.path.basename(folder), digest), train_files={},
+      eval_files={}, classes=tuple(classes),
+      make=functools.partial(_convert_pictures, listing))
+  counts = os.path.join(data_dir, dataset.folder, 'counts.json')
+  with locked(data_dir, 'data_dir', wait=True):
+    if not os.path.exists(counts):
+      _get(dataset, os.path.dirname(counts), None, None)
+  with open(counts) as f:
+    counts = json.load(f)
+  return dataclasses.replace(
+      dataset, train_files={'train.bin': counts['train']},
+      eval_files={'test.bin': counts['test']})
+
+
+def _files_below(folder):
+  return sorted(os.path.join(root, name) for root, _, names in os.walk(folder)
+                for name in names if not name.startswith('.'))
+
+
+def _convert_pictures(listing, dataset, downloads, folder):
+  """Writes the records of picture files, and how many there are."""
+  planes = {'train': [], 'test': []}
+  labels = {'train': [], 'test': []}
+  with tf.Graph().as_default(), tf.Session() as session:
+    contents = tf.placeholder(tf.string, [])
+    fitted = fit(tf.cast(decode_picture(contents), tf.float32)[tf.newaxis],
+                 dataset)
+    for part, label, path, *_ in progress(listing, 'Converting pictures'):
+      try:
+        with open(path, 'rb') as f:
+          planes[part].append(session.run(fitted, {contents: f.read()}))
+        labels[part].append(label)
+      except (OSError, tf.errors.OpError):
+        print('Skipped %s: it is no picture.' % path, flush=True)
+  if not planes['train'] or not planes['test']:
+    raise UserError('--dataset=%s has no picture that can be read.'
+                    % dataset.name)
+  for part in planes:
+    _write_records(os.path.join(folder, part + '.bin'), np.array(labels[part]),
+                   np.concatenate(planes[part]))
+  with open(os.path.join(folder, 'counts.json'), 'w') as f:
+    json.dump({part: len(labels[part]) for part in labels}, f)
+
+
+def decode_picture(contents):
+  """Decodes a JPEG, PNG, GIF or BMP file to uint8 [height, width, 3]."""
+  picture = tf.io.decode_image(contents, 3, expand_animations=False)
+  return tf.ensure_shape(picture, [None, None, 3])
+
+
+def fit(images, dataset):
+  """Scales pictures until they cover those of a data set, and cuts them to it.
+
+  Args:
+    images: float32 [batch, height, width, depth], 0 to 255.
+    dataset: the `Dataset`.
+
+  Returns:
+    float32 [batch, depth, dataset.height, dataset.width], whole numbers from 0
+    to 255. What has that size already is as it was.
+  """
+  size = tf.constant([dataset.height, dataset.width], tf.float32)
+  shape = tf.cast(tf.shape(images)[1:3], tf.float32)
+  scale = tf.reduce_max(size / shape)
+  fitted = tf.raw_ops.ScaleAndTranslate(
+      images=images, size=tf.cast(size, tf.int32), scale=[scale, scale],
+      translation=(size - scale * shape) / 2, kernel_type='triangle',
+      antialias=True)
+  return tf.transpose(tf.round(tf.clip_by_value(fitted, 0, 255)), [0, 3, 1, 2])
+
+
+def progress(items, what):
+  """Yields items, and says now and then how many of them are done."""
+  start = last = time.time()
+  for i, item in enumerate(items):
+    yield item
+    if time.time() > last + 2:
+      last = time.time()
+      print('%s: %d of %d, %d s to go.' % (
+          what, i + 1, len(items), (last - start) / (i + 1) * (len(items) - i)),
+          end='\r' if sys.stdout.isatty() else '\n', flush=True)
+
+
+def _write_synthetic(dataset, downloads, folder):
   """Writes pictures of `dataset.classes`, the same ones on every machine."""
   print('Generating the %s data set.' % dataset.name, flush=True)
   random = np.random.default_rng(seed=1)
   for name, num_examples in dataset.files.items():
     labels = random.integers(len(dataset.classes), size=num_examples)
-    pictures = _draw_shapes(random, labels, dataset.height, dataset.width)
-    records = np.c_[labels, pictures.reshape(num_examples, -1)]
-    records.astype(np.uint8).tofile(os.path.join(folder, name))
+    _write_records(
+        os.path.join(folder, name), labels,
+        _draw_shapes(random, labels, dataset.height, dataset.width))
 
 
 def _draw_shapes(random, labels, height, width):
@@ -359,6 +477,87 @@ def _draw_shapes(random, labels, height, width):
       (len(labels), 3, height, width))
   background = uniform(0, 255, 3, 1, 1)
   return np.clip(background + shape * colour + light + noise, 0, 255)
+
+
+# The data sets that --dataset knows by name.
+
+
+CIFAR10 = Dataset(
+    name='cifar10',
+    title='CIFAR',
+    folder='cifar-10-batches-bin',
+    train_files={'data_batch_%d.bin' % i: 10000 for i in range(1, 6)},
+    eval_files={'test_batch.bin': 10000},
+    classes=('airplane', 'automobile', 'bird', 'cat', 'deer',
+             'dog', 'frog', 'horse', 'ship', 'truck'),
+    downloads={
+        'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz':
+        'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'},
+    make=_extract)
+
+CIFAR100 = Dataset(
+    name='cifar100',
+    title='CIFAR-100',
+    folder='cifar-100-binary',
+    train_files={'train.bin': 50000},
+    eval_files={'test.bin': 10000},
+    classes=tuple("""
+        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl
+        boy bridge bus butterfly camel can castle caterpillar cattle chair
+        chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur
+        dolphin elephant flatfish forest fox girl hamster house kangaroo
+        keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+        motorcycle mountain mouse mushroom oak_tree orange orchid otter
+        palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum
+        rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+        skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper
+        table tank telephone television tiger tractor train trout tulip turtle
+        wardrobe whale willow_tree wolf woman worm""".split()),
+    label_bytes=2,
+    downloads={
+        'https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz':
+        '58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec'},
+    make=_extract)
+
+# The same pictures with the labels of their superclasses (--label=coarse).
+CIFAR100_COARSE = dataclasses.replace(CIFAR100, label_byte=0, classes=tuple("""
+    aquatic_mammals fish flowers food_containers fruit_and_vegetables
+    household_electrical_devices household_furniture insects large_carnivores
+    large_man-made_outdoor_things large_natural_outdoor_scenes
+    large_omnivores_and_herbivores medium_mammals non-insect_invertebrates
+    people reptiles small_mammals trees vehicles_1 vehicles_2""".split()))
+
+SVHN = Dataset(
+    name='svhn',
+    title='SVHN',
+    folder='svhn-batches-bin',
+    train_files={'train_32x32.bin': 73257},
+    eval_files={'test_32x32.bin': 26032},
+    classes=tuple('0123456789'),
+    downloads={
+        'http://ufldl.stanford.edu/housenumbers/train_32x32.mat':
+        '435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8',
+        'http://ufldl.stanford.edu/housenumbers/test_32x32.mat':
+        'cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b'},
+    make=_convert_svhn)
+
+SYNTHETIC = Dataset(
+    name='synthetic',
+    title='synthetic',
+    folder='synthetic-batches-bin',
+    train_files={'data_batch_1.bin': 5000, 'data_batch_2.bin': 5000},
+    eval_files={'test_batch.bin': 2000},
+    classes=('disc', 'square', 'diamond', 'triangle', 'cross', 'ring',
+             'square_outline', 'diamond_outline', 'triangle_outline',
+             'cross_outline'),
+    make=_write_synthetic)
+
+DATASETS = {dataset.name: dataset
+            for dataset in (CIFAR10, CIFAR100, SVHN, SYNTHETIC)}
+
+NUM_CLASSES = len(CIFAR10.classes)
+NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = CIFAR10.num_train_examples
+NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = CIFAR10.num_eval_examples
 
 
 # Reading it.
@@ -398,7 +597,7 @@ def _find_flaw(path, size_bytes, dataset):
   stat = os.stat(path)
   if stat.st_size != size_bytes:
     return 'has %d bytes, not %d' % (stat.st_size, size_bytes)
-  return _find_wrong_label(path, dataset.record_bytes, dataset.label_bytes - 1,
+  return _find_wrong_label(path, dataset.record_bytes, dataset.label_offset,
                            len(dataset.classes), stat.st_mtime_ns)
 
 
@@ -448,7 +647,7 @@ def parse_records(values, dataset):
   """
   records = tf.ensure_shape(
       tf.decode_raw(values, tf.uint8), [None, dataset.record_bytes])
-  labels = tf.cast(records[:, dataset.label_bytes - 1], tf.int32)
+  labels = tf.cast(records[:, dataset.label_offset], tf.int32)
   planes = tf.reshape(records[:, dataset.label_bytes:],
                       [-1, dataset.depth, dataset.height, dataset.width])
   return planes, labels
@@ -504,7 +703,7 @@ def distort(planes, distortions):
   pixels much faster than from one channel of a pixel to the next.
 
   Args:
-    planes: uint8 [batch, depth, height, width].
+    planes: [batch, depth, height, width], 0 to 255, of any type.
     distortions: the batch's `Distortions`.
 
   Returns:
@@ -550,7 +749,10 @@ def _crop_and_flip(planes, distortions):
 # The two inputs of the network.
 
 
-def distorted_inputs(data_dir, batch_size, dataset=CIFAR10, num_threads=None):
+def distorted_inputs(
+    data_dir, batch_size, dataset=CIFAR10, num_threads=None,
+    min_fraction_of_examples_in_queue=MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
+    deterministic=False):
   """Builds the input of training: batches drawn at random, without end.
 
   Args:
@@ -559,6 +761,11 @@ def distorted_inputs(data_dir, batch_size, dataset=CIFAR10, num_threads=None):
     dataset: the `Dataset`.
     num_threads: how many threads distort batches; by default one for every
       four processors, for the operations inside are parallel themselves.
+    min_fraction_of_examples_in_queue: how much of an epoch is in the shuffle
+      queue when it is drawn from.
+    deterministic: whether a graph with a seed gives the same batches each time.
+      They are drawn from a full queue then, however fast it is filled, and
+      distorted in one thread.
 
   Returns:
     images: float32 [batch_size, IMAGE_SIZE, IMAGE_SIZE, 3].
@@ -572,8 +779,8 @@ def distorted_inputs(data_dir, batch_size, dataset=CIFAR10, num_threads=None):
     raise UserError('a batch of %d images is more than the %d there are: lower '
                     '--batch_size.' % (batch_size, dataset.num_train_examples))
   min_queue_examples = int(
-      dataset.num_train_examples * MIN_FRACTION_OF_EXAMPLES_IN_QUEUE)
-  capacity = min_queue_examples + 3 * batch_size
+      dataset.num_train_examples * min_fraction_of_examples_in_queue)
+  capacity = min_queue_examples + (1 if deterministic else 3 * batch_size)
   with tf.name_scope('input'):
     queue = tf.RandomShuffleQueue(
         capacity, min_queue_examples, [tf.string], [[]], name='shuffle_queue')
@@ -587,7 +794,7 @@ def distorted_inputs(data_dir, batch_size, dataset=CIFAR10, num_threads=None):
         [images.shape, labels.shape], name='batches')
     tf.train.add_queue_runner(tf.train.QueueRunner(
         batches, [batches.enqueue([images, labels])]
-        * (num_threads or max(1, os.cpu_count() // 4))))
+        * (1 if deterministic else num_threads or max(1, os.cpu_count() // 4))))
     images, labels = batches.dequeue()
   print('Filling queue with %d %s images before starting to train. '
         'This will take a few seconds.' % (min_queue_examples, dataset.title),

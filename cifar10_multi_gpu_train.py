@@ -34,8 +34,7 @@ def build_step(dataset, global_step):
   examples_per_step = FLAGS.batch_size * FLAGS.num_gpus
   # Whatever is not a tower's is on the CPU, in reach of all towers.
   with tf.device('/cpu:0'):
-    images, labels = cifar10.distorted_inputs(
-        dataset, examples_per_step, FLAGS.num_preprocess_threads)
+    images, labels = cifar10.distorted_inputs(dataset, examples_per_step)
     optimizer = cifar10.make_optimizer(global_step, examples_per_step, dataset)
     tower_losses, tower_grads = [], []
     for i, device in enumerate(tower_devices(FLAGS.num_gpus)):

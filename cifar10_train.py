@@ -31,6 +31,28 @@ cifar10.refuse_patterns('train_dir')
 tf.flags.DEFINE_boolean(
     'overwrite', False, 'Start anew: remove the checkpoints and event files of '
     'an earlier run in --train_dir.')
+tf.flags.DEFINE_float(
+    'learning_rate', cifar10.INITIAL_LEARNING_RATE, 'At the first step.',
+    lower_bound=0.0)
+tf.flags.DEFINE_enum(
+    'learning_rate_schedule', cifar10.LEARNING_RATE_SCHEDULE,
+    ['staircase', 'linear', 'cosine'],
+    'How it falls: tenfold every 350 epochs, or to zero at --max_steps.')
+tf.flags.DEFINE_float(
+    'momentum', cifar10.MOMENTUM, 'Of the gradients.', lower_bound=0.0,
+    upper_bound=1.0)
+tf.flags.DEFINE_float(
+    'weight_decay', cifar10.WEIGHT_DECAY,
+    'Factor of the L2 losses of local3 and local4.', lower_bound=0.0)
+tf.flags.DEFINE_float(
+    'moving_average_decay', cifar10.MOVING_AVERAGE_DECAY,
+    'Of the averages of the variables, which are evaluated.', lower_bound=0.0,
+    upper_bound=1.0)
+tf.flags.DEFINE_float(
+    'min_fraction_of_examples_in_queue',
+    cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE, 'How much of an epoch is '
+    'in the shuffle queue when it is drawn from.', lower_bound=0.0,
+    upper_bound=1.0)
 tf.flags.DEFINE_integer(
     'max_steps', 100000, 'Steps to train for, those of earlier runs included.',
     lower_bound=1)
@@ -50,9 +72,15 @@ tf.flags.DEFINE_integer(
     'save_summary_steps', 100, 'Steps from one set of summaries to the next.',
     lower_bound=1)
 tf.flags.DEFINE_integer(
-    'seed', None, 'Draw the same initial weights in each run. (The order of '
-    'the images depends on the threads that read them.)', lower_bound=0,
+    'seed', None, 'Draw the same initial weights in each run.', lower_bound=0,
     upper_bound=2 ** 31 - 1)
+tf.flags.DEFINE_boolean(
+    'deterministic', False, 'With --seed, do all else the same in each run, '
+    'too: it ends with the same variables, byte for byte.')
+tf.flags.register_multi_flags_validator(
+    ['deterministic', 'seed'],
+    lambda flags: flags['seed'] is not None or not flags['deterministic'],
+    '--deterministic needs a --seed')
 tf.flags.DEFINE_integer(
     'num_preprocess_threads', None, 'Threads that distort images; by default '
     'one for every four processors.', lower_bound=1, upper_bound=256)
@@ -78,8 +106,7 @@ def build_step(dataset, global_step):
   """
   # The input belongs on the CPU, so that a GPU is left to the network.
   with tf.device('/cpu:0'):
-    images, labels = cifar10.distorted_inputs(
-        dataset, num_threads=FLAGS.num_preprocess_threads)
+    images, labels = cifar10.distorted_inputs(dataset)
   logits = cifar10.inference(images, len(dataset.classes))
   loss = cifar10.loss(logits, labels)
   return cifar10.train(loss, global_step, dataset), loss
@@ -104,9 +131,13 @@ def run_training(build, examples_per_step):
   with cifar10_input.locked(FLAGS.train_dir, 'train_dir'), \
       tf.Graph().as_default():
     checkpoint = _checkpoint_to_continue()
+    if checkpoint:
+      cifar10.check_run(FLAGS.train_dir)
     if _already_trained(checkpoint):
       return 0
     tf.set_random_seed(FLAGS.seed)
+    if FLAGS.deterministic:
+      tf.compat.v2.config.experimental.enable_op_determinism()
     train_op, loss = build(dataset, tf.train.get_or_create_global_step())
     if checkpoint:
       cifar10.check_checkpoint(
@@ -170,9 +201,10 @@ def _tidy(checkpoint):
   writes, but nothing else. The file `checkpoint` names the one to restore.
   """
   if FLAGS.overwrite:
-    _remove(r'checkpoint|graph\.pbtxt|model\.ckpt-\d+\..*|'
+    _remove(r'checkpoint|run\.json|graph\.pbtxt|model\.ckpt-\d+\..*|'
             r'events\.out\.tfevents\..*')
   _remove_remains()
+  cifar10.write_run(FLAGS.train_dir)
   if checkpoint:
     paths = cifar10.checkpoints(FLAGS.train_dir)
     names = [os.path.basename(path)

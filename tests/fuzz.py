@@ -4,8 +4,8 @@
     python tests/fuzz.py --seed=7 --records=100 --archives=0
 
 Whatever is wrong must be refused with one line: no traceback, no hang, no
-silent acceptance, no file outside of its folder. `tests/test_fuzz.py` does a little of
-this in every run of the tests.
+silent acceptance, no file outside of its folder. `tests/test_fuzz.py` does a
+little of this in every run of the tests.
 """
 import argparse
 import contextlib
@@ -143,7 +143,7 @@ def fuzz_archives(chance, count, folder):
       content = mutate(chance, gzip.compress(content, 1))
     path.write_bytes(content)
     with refusal() as messages, contextlib.redirect_stdout(io.StringIO()):
-      cifar10_input._extract(str(path), DATASET, str(destination))
+      cifar10_input._extract(DATASET, [str(path)], str(destination))
     refused += bool(messages)
     assert not messages or str(path) in messages[0]
     written = {p.name: p.lstat().st_size for p in destination.iterdir()}

@@ -121,7 +121,19 @@ def _sha256(content):
 @pytest.fixture
 def dataset(tiny, server, whole):
   """A data set whose archive the server publishes."""
-  return dataclasses.replace(tiny, url=server.url, sha256=_sha256(whole))
+  return dataclasses.replace(
+      tiny, downloads={server.url: _sha256(whole)}, make=cifar10_input._extract)
+
+
+def _publish(dataset, url=None, sha256=None):
+  """Returns the data set with another archive."""
+  (its_url, its_sha256), = dataset.downloads.items()
+  return dataclasses.replace(
+      dataset, downloads={url or its_url: sha256 or its_sha256})
+
+
+def _published_sha256(dataset):
+  return next(iter(dataset.downloads.values()))
 
 
 @pytest.fixture
@@ -198,19 +210,18 @@ def test_half_extracted_folder_is_completed_from_the_archive(
 
 def test_mirror_is_held_to_the_published_checksum(
     dataset, data_dir, server, records):
-  published = dataclasses.replace(
-      dataset, url='http://example.invalid/' + ARCHIVE)
+  published = _publish(dataset, url='http://example.invalid/' + ARCHIVE)
   _get(published, data_dir, url=server.url)
   assert _extracted(dataset, records).items() <= _tree(data_dir).items()
   server.content += b'more'
   message = _fail(published, data_dir.parent / 'else', url=server.url)
-  assert published.sha256 in message
+  assert _published_sha256(published) in message
 
 
 @pytest.mark.parametrize('spell', [str.lower, str.upper])
 def test_checksum_can_be_replaced(
     dataset, data_dir, whole, records, spell):
-  published = dataclasses.replace(dataset, sha256=64 * '0')
+  published = _publish(dataset, sha256=64 * '0')
   _get(published, data_dir, sha256=spell(_sha256(whole)))
   assert _extracted(dataset, records).items() <= _tree(data_dir).items()
 
@@ -257,7 +268,7 @@ def test_wrong_checksum_is_reported_and_leaves_nothing(
     dataset, data_dir, server, whole):
   server.content = whole[:-1] + b'?'
   message = _fail(dataset, data_dir)
-  assert 'SHA-256' in message and dataset.sha256 in message
+  assert 'SHA-256' in message and _published_sha256(dataset) in message
   assert server.url in message
   assert _tree(data_dir) == {}
 
@@ -330,8 +341,8 @@ def _closed_port():
 def test_unreachable_host_is_one_line_that_says_what_to_do(
     dataset, data_dir, monkeypatch, call_script):
   url = 'http://127.0.0.1:%d/%s' % (_closed_port(), ARCHIVE)
-  monkeypatch.setitem(cifar10_input.DATASETS, 'cifar10', dataclasses.replace(
-      dataset, url=url))
+  monkeypatch.setitem(
+      cifar10_input.DATASETS, 'cifar10', _publish(dataset, url=url))
   run = call_script(
       cifar10_train.main, '--dataset=cifar10', '--data_dir=%s' % data_dir,
       '--train_dir=%s' % (data_dir.parent / 'train'))
@@ -347,8 +358,8 @@ def test_wrong_archive_in_place_is_reported_and_kept(
     dataset, data_dir, server):
   (data_dir / ARCHIVE).write_bytes(b'mine')
   message = _fail(dataset, data_dir)
-  for part in (str(data_dir / ARCHIVE), _sha256(b'mine'), dataset.sha256,
-               '--data_sha256'):
+  for part in (str(data_dir / ARCHIVE), _sha256(b'mine'),
+               _published_sha256(dataset), '--data_sha256'):
     assert part in message
   assert server.requests == []
   assert _tree(data_dir) == {ARCHIVE: b'mine'}
@@ -388,7 +399,7 @@ def test_of_two_first_starts_one_gets_the_data_and_the_other_waits(
 
 def _serve(server, dataset, content):
   server.content = content
-  return dataclasses.replace(dataset, sha256=_sha256(content))
+  return _publish(dataset, sha256=_sha256(content))
 
 
 def _spoil_middle(content):

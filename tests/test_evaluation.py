@@ -18,7 +18,8 @@ from cifar10_input import SYNTHETIC, tf
 PRECISION_LINE = re.compile(
     r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}: precision @ 1 = ([01]\.\d{3})')
 CORRECT_LINE = re.compile(r'(\d+)/(\d+) correct at step (\d+)')
-CLASS_LINE = re.compile(r'  (\w+) +([01]\.\d{3}) \((\d+)/(\d+)\)')
+CLASS_LINE = re.compile(
+    r'  (\w+) +([01]\.\d{3}) \((\d+)/(\d+)\) +([01]\.\d{3}) \((\d+)/(\d+)\)')
 
 
 def _outcome(stdout):
@@ -26,12 +27,22 @@ def _outcome(stdout):
   lines = stdout.splitlines()
   start = next(i for i, line in enumerate(lines) if 'precision' in line)
   correct, total, step = CORRECT_LINE.fullmatch(lines[start + 1]).groups()
-  classes = [CLASS_LINE.fullmatch(line).groups() for line in lines[start + 2:]]
+  assert lines[start + 2].split() == ['recall', 'precision']
+  rest = lines.index(
+      '  Row: true class; column: predicted class, in the same order.')
+  classes = [CLASS_LINE.fullmatch(line).groups()
+             for line in lines[start + 3:rest]]
+  confusion = np.array([[int(count) for count in line.split()[1:]]
+                        for line in lines[rest + 1:]])
+  assert [row[2:4] for row in classes] == [
+      (str(row[i]), str(row.sum())) for i, row in enumerate(confusion)]
+  assert [row[5:] for row in classes] == [
+      (str(row[i]), str(row.sum())) for i, row in enumerate(confusion.T)]
   return {
       'precision': PRECISION_LINE.fullmatch(lines[start])[1],
       'correct': int(correct), 'total': int(total), 'step': int(step),
       'classes': {name: (share, int(correct), int(total))
-                  for name, share, correct, total in classes}}
+                  for name, share, correct, total, *_ in classes}}
 
 
 def _labels(data_dir, dataset, files):

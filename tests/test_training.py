@@ -27,6 +27,7 @@ LAYERS = ('conv1', 'conv2', 'local3', 'local4', 'softmax_linear')
 
 TAGS = {
     'images/image/0', 'images/image/1', 'images/image/2', 'learning_rate',
+    'conv1/filters/image/0',
     *(layer + '/' + kind for layer in LAYERS for kind in (
         'activations', 'sparsity', 'weights', 'weights/gradients', 'biases',
         'biases/gradients')),
@@ -309,10 +310,10 @@ def test_seed_repeats_the_initial_weights(
 
 
 def test_loss_that_is_not_a_number_ends_the_run_in_one_line(
-    use_tiny, call_script, tmp_path, monkeypatch):
-  monkeypatch.setattr(cifar10, 'INITIAL_LEARNING_RATE', 1e30)
+    use_tiny, call_script, tmp_path):
   run = call_script(
-      cifar10_train.main, '--train_dir=%s' % tmp_path, '--max_steps=10')
+      cifar10_train.main, '--train_dir=%s' % tmp_path, '--max_steps=10',
+      '--learning_rate=1e30')
   assert run.code == 1
   assert re.fullmatch(
       r'script\.py: the loss is (nan|inf) at step [1-4]\b.*\n', run.stderr)
@@ -385,10 +386,9 @@ def test_run_with_more_steps_continues_at_the_saved_step(
 
 
 def test_continued_run_starts_from_the_saved_variables(
-    use_tiny, call_script, earlier_run, monkeypatch):
-  monkeypatch.setattr(cifar10, 'INITIAL_LEARNING_RATE', 0.0)
+    use_tiny, call_script, earlier_run):
   call_script(cifar10_train.main, '--train_dir=%s' % earlier_run,
-              '--max_steps=12')
+              '--max_steps=12', '--learning_rate=0')
   for name in ('conv1/weights', 'local4/biases'):
     old, new = (tf.train.load_variable(
         str(earlier_run / ('model.ckpt-%d' % step)), name)
@@ -685,7 +685,7 @@ def test_bad_value_of_a_flag_is_explained_in_one_line(call_script, flag):
     ('--max_steps=x', 'positive integer'),
     ('--eval_timeout_secs=-1', 'non-negative integer'),
     ('--eval_data=foo', 'test|train_eval'),
-    ('--dataset=x', 'cifar10|synthetic'),
+    ('--dataset=x', 'cifar10, cifar100, svhn, synthetic'),
     ('--data_url=x', 'https://'),
     ('--data_sha256=x', '64 hexadecimal digits'),
     ('--use_fp16=x', 'true')])
