@@ -20,7 +20,7 @@ import cifar10_input
 from cifar10_input import (  # Known to readers as constants of this module.
     IMAGE_SIZE, NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_EVAL,
     NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN)
-from cifar10_input import CIFAR10, UserError, tf
+from cifar10_input import CIFAR10, UserError, say, tf
 
 FLAGS = tf.flags.FLAGS
 
@@ -580,8 +580,9 @@ def latest_checkpoint(folder):
     damage = _find_damage(checkpoint)
     if not damage:
       return checkpoint
-    print('%s is damaged and passed over: %s' % (checkpoint, damage),
-          file=sys.stderr)
+    if checkpoint in checkpoints(folder):  # Else it was removed just now.
+      say('%s is damaged and passed over: %s' % (checkpoint, damage),
+          sys.stderr)
   return None
 
 
@@ -591,8 +592,10 @@ def _find_damage(checkpoint):
     reader = tf.train.load_checkpoint(checkpoint)
     for name in reader.get_variable_to_shape_map():
       reader.get_tensor(name)  # Checks the CRC-32C of its bytes.
+  except (tf.errors.PermissionDeniedError, tf.errors.ResourceExhaustedError):
+    raise  # It need not be damaged.
   except Exception as error:  # An IndexError, for a file that was cut.
-    return str(error).splitlines()[0]
+    return what_went_wrong(error)
   return None
 
 
@@ -604,15 +607,19 @@ def check_checkpoint(checkpoint, variables):
     variables: dict from a name in the checkpoint to the variable to restore.
 
   Raises:
-    cifar10_input.UserError: it lacks a variable, or has it in another shape.
+    cifar10_input.UserError: it lacks a variable, or has another shape or type.
   """
-  shapes = tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
+  reader = tf.train.load_checkpoint(checkpoint)
+  shapes = reader.get_variable_to_shape_map()
+  dtypes = reader.get_variable_to_dtype_map()
   for name, variable in variables.items():
-    if shapes.get(name) != variable.shape.as_list():
+    there, here = shapes.get(name, 'missing'), variable.shape.as_list()
+    if there == here:
+      there, here = dtypes[name].name, variable.dtype.base_dtype.name
+    if there != here:
       raise UserError(
-          '%s does not fit the network: %s is %s there and %s here.' % (
-              checkpoint, name, shapes.get(name, 'missing'),
-              variable.shape.as_list()))
+          '%s does not fit the network: %s is %s there and %s here.'
+          % (checkpoint, name, there, here))
 
 
 # Errors that come from outside of the program.
@@ -628,7 +635,7 @@ def run(main, takes_arguments=False):
   else. Ctrl-C gives 130, SIGTERM 143, and a terminal that is closed 129.
   """
   def fail(code, message):
-    print('%s: %s' % (os.path.basename(sys.argv[0]), message), file=sys.stderr)
+    say('%s: %s' % (os.path.basename(sys.argv[0]), message), sys.stderr)
     sys.exit(code)
 
   handle_signals(_interrupt)
@@ -674,7 +681,7 @@ def _interrupt(signum):
 
 def what_went_wrong(error):
   """Returns what an error says, without the stack of the operation."""
-  message = getattr(error, 'message', None) or str(error)
+  message = getattr(error, 'message', None) or str(error) or repr(error)
   line = re.search(r'^(.*)\n\s*\[\[\{\{node', message, re.MULTILINE)
   return line[1] if line else message.splitlines()[0]
 

@@ -79,9 +79,14 @@ def evaluate():
         scaffold = tf.train.Scaffold(saver=tf.train.Saver(variables))
         writer = _summary_writer(graph)
     with graph.as_default():
-      cifar10.check_checkpoint(checkpoint, variables)
-      cifar10.check_files(dataset, files)  # They may have changed meanwhile.
-      eval_once(checkpoint, scaffold, writer, fetches, files, dataset.classes)
+      try:
+        cifar10.check_checkpoint(checkpoint, variables)
+        cifar10.check_files(dataset, files)  # They may have changed meanwhile.
+        eval_once(checkpoint, scaffold, writer, fetches, files, dataset.classes)
+      except tf.errors.NotFoundError:
+        if checkpoint in cifar10.checkpoints(FLAGS.checkpoint_dir):
+          raise
+        print('%s was removed before its evaluation.' % checkpoint, flush=True)
   return 0
 
 
@@ -130,8 +135,9 @@ def _checkpoints():
   if not FLAGS.run_once and not cifar10.checkpoints(folder):
     print('Waiting for a checkpoint in %s.' % folder, flush=True)
   while not FLAGS.run_once or listed is None:
-    if listed != cifar10.checkpoints(folder):
-      listed = cifar10.checkpoints(folder)
+    found = cifar10.checkpoints(folder)
+    if listed != found:
+      listed = found
       checkpoint = cifar10.latest_checkpoint(folder)
       if checkpoint not in (None, evaluated):
         start = time.time()

@@ -15,6 +15,7 @@ waits in the last queue, so that the network never does.
 import collections
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import gzip
@@ -169,6 +170,17 @@ def maybe_download_and_extract(dataset, data_dir, url=None, sha256=None):
   return folder
 
 
+def say(text, file=None):
+  """Prints a line. That nobody can read it any more is no reason to end."""
+  file = file or sys.stdout
+  try:
+    print(text, file=file, flush=True)
+  except OSError as error:
+    if error.errno in (errno.EPIPE, errno.EIO):  # A console that was closed.
+      with open(os.devnull, 'w') as devnull:
+        os.dup2(devnull.fileno(), file.fileno())
+
+
 @contextlib.contextmanager
 def locked(folder, flag, wait=False):
   """Lets one process at a time into a folder, which is made if need be.
@@ -183,6 +195,10 @@ def locked(folder, flag, wait=False):
 
   Raises:
     UserError: the folder cannot be written to, or another process is in it.
+
+  Yields:
+    A function that tells whether the lock is still worth something: it is not
+    when somebody has removed the folder.
   """
   try:
     os.makedirs(folder, exist_ok=True)
@@ -201,9 +217,14 @@ def locked(folder, flag, wait=False):
                         % holder) from None
       print('Waiting: %s.' % holder, flush=True)
       fcntl.flock(lock, fcntl.LOCK_EX)
-    lock.truncate(0)
-    print(os.getpid(), file=lock, end='', flush=True)
-    yield
+    except OSError as error:
+      raise UserError('--%s=%s cannot be locked: %s'
+                      % (flag, folder, error)) from error
+    with contextlib.suppress(OSError):  # A full disk can do without our number.
+      lock.truncate(0)
+      print(os.getpid(), file=lock, end='', flush=True)
+    yield lambda: os.path.exists(lock.name) and os.path.samestat(
+        os.stat(lock.name), os.fstat(lock.fileno()))
 
 
 def _get(dataset, folder, url, sha256):
@@ -583,7 +604,8 @@ def check_files(dataset, folder, files):
     try:
       flaw = _find_flaw(path, dataset.size_bytes(name), dataset)
     except OSError as error:
-      flaw = 'cannot be read (%s)' % error.strerror
+      raise UserError('%s cannot be read: %s.'
+                      % (path, error.strerror)) from error
     if flaw:
       raise UserError('%s %s: delete %s and start again to get it anew.'
                       % (path, flaw, folder))

@@ -11,6 +11,7 @@ While it trains, cifar10_eval.py tells how well the network does, and
 `tensorboard --logdir=/tmp/cifar10_train` shows what goes on inside.
 """
 from datetime import datetime
+import contextlib
 import math
 import os
 import re
@@ -19,7 +20,7 @@ import time
 
 import cifar10
 import cifar10_input
-from cifar10_input import UserError, tf
+from cifar10_input import UserError, say, tf
 
 FLAGS = tf.flags.FLAGS
 
@@ -127,9 +128,9 @@ def run_training(build, examples_per_step):
       the checkpoint of another network; the loss is not a number any more; a
       file of the data set has changed; the last checkpoint was not written.
   """
-  dataset = cifar10.prepare_dataset()
-  with cifar10_input.locked(FLAGS.train_dir, 'train_dir'), \
+  with cifar10_input.locked(FLAGS.train_dir, 'train_dir') as is_held, \
       tf.Graph().as_default():
+    dataset = cifar10.prepare_dataset()
     checkpoint = _checkpoint_to_continue()
     if checkpoint:
       cifar10.check_run(FLAGS.train_dir)
@@ -144,14 +145,20 @@ def run_training(build, examples_per_step):
           checkpoint, {v.op.name: v for v in tf.global_variables()})
     _tidy(checkpoint)
     saver = Saver()
-    check_files = lambda: cifar10.check_files(dataset, dataset.train_files)
-    logger, stop = LoggerHook(loss, examples_per_step), StopHook(check_files)
+    def check():
+      if not is_held():
+        raise UserError('--train_dir=%s was removed.' % FLAGS.train_dir)
+      cifar10.check_files(dataset, dataset.train_files)
+
+    logger, stop = LoggerHook(loss, examples_per_step), StopHook(check)
     try:
-      with _session(saver, [logger, stop]) as session:
+      with _session(saver, [stop, logger]) as session:
         while not session.should_stop():
           session.run(train_op)
-    except tf.errors.OpError:
-      check_files()  # If one of them is the cause, this names it.
+    except tf.errors.OpError as error:
+      check()  # If a file of the data set is the cause, this names it.
+      if 'HistogramSummary' in str(error):  # It draws only finite numbers.
+        raise UserError(_not_a_number('a gradient is not finite')) from error
       raise
     return _how_it_ended(logger, stop, saver)
 
@@ -201,29 +208,35 @@ def _tidy(checkpoint):
   writes, but nothing else. The file `checkpoint` names the one to restore.
   """
   if FLAGS.overwrite:
-    _remove(r'checkpoint|run\.json|graph\.pbtxt|model\.ckpt-\d+\..*|'
-            r'events\.out\.tfevents\..*')
+    _remove(r'checkpoint|run\.json|graph\.pbtxt|events\.out\.tfevents\..*|'
+            r'model\.ckpt-\d+\.(index|meta|data-\d+-of-\d+)')
   _remove_remains()
   cifar10.write_run(FLAGS.train_dir)
   if checkpoint:
     paths = cifar10.checkpoints(FLAGS.train_dir)
     names = [os.path.basename(path)
              for path in paths[:paths.index(checkpoint) + 1]]
+    # The session restores what this file says, and no other. (For a relative
+    # folder, TensorFlow would make a relative path of a name.)
     tf.train.update_checkpoint_state(
-        FLAGS.train_dir, names[-1], names[-FLAGS.max_to_keep:])
+        os.path.abspath(FLAGS.train_dir), names[-1], names[-FLAGS.max_to_keep:])
 
 
 def _remove_remains():
   """Removes files of checkpoints that were never finished."""
   whole = map(os.path.basename, cifar10.checkpoints(FLAGS.train_dir))
-  _remove(r'.*\.tempstate\d+|.*\.tmp[0-9a-f]{32}|model\.ckpt-(?!(%s)\.)\d+\..*'
+  _remove(r'(checkpoint|graph\.pbtxt)\.tmp[0-9a-f]{32}|'
+          r'model\.ckpt-\d+\.(index|meta|data-\d+-of-\d+)'
+          r'\.(tempstate\d+|tmp[0-9a-f]{32})|'
+          r'model\.ckpt-(?!(%s)\.)\d+\.(meta|data-\d+-of-\d+)'
           % '|'.join(name.split('-')[1] for name in whole))
 
 
 def _remove(pattern):
   for name in os.listdir(FLAGS.train_dir):
-    if re.fullmatch(pattern, name):
-      os.remove(os.path.join(FLAGS.train_dir, name))
+    path = os.path.join(FLAGS.train_dir, name)
+    if re.fullmatch(pattern, name) and os.path.isfile(path):
+      os.remove(path)
 
 
 class Saver(tf.train.Saver):
@@ -250,11 +263,12 @@ class Saver(tf.train.Saver):
       checkpoint = super().save(sess, *arguments, **options)
       self.failure = None
       return checkpoint
-    except (OSError, tf.errors.OpError) as error:
+    except (OSError, ValueError, tf.errors.OpError) as error:
+      # (A ValueError if the folder is gone.)
       self.failure = cifar10.what_went_wrong(error)
-      print('A checkpoint could not be written: %s' % self.failure,
-            file=sys.stderr)
-      _remove_remains()
+      say('A checkpoint could not be written: %s' % self.failure, sys.stderr)
+      with contextlib.suppress(OSError):
+        _remove_remains()
 
 
 def _not_a_number(what):
@@ -286,9 +300,9 @@ class LoggerHook(tf.train.SessionRunHook):
     self._steps_since_line += 1
     if self.step % FLAGS.log_frequency == 0:
       secs = (time.time() - self._start_time) / self._steps_since_line
-      print('%s: step %d, loss = %.2f (%.1f examples/sec; %.3f sec/batch)' % (
+      say('%s: step %d, loss = %.2f (%.1f examples/sec; %.3f sec/batch)' % (
           datetime.now(), self.step, loss_value,
-          self._examples_per_step / secs, secs), flush=True)
+          self._examples_per_step / secs, secs))
       self._start_time = time.time()
       self._steps_since_line = 0
     self.step += 1
@@ -319,29 +333,34 @@ class StopHook(tf.train.SessionRunHook):
         self._check()
       except UserError as error:
         self.error = error
-      if os.statvfs(FLAGS.train_dir).f_bavail == 0 and not self.disk_was_full:
+      if not self.error and not self.disk_was_full and _is_disk_full():
         self.disk_was_full = True
-        print('The disk of --train_dir=%s is full.' % FLAGS.train_dir,
-              file=sys.stderr)
+        say('The disk of --train_dir=%s is full.' % FLAGS.train_dir, sys.stderr)
     if self.signum or self.error:
       run_context.request_stop()
 
 
+def _is_disk_full():
+  disk = os.statvfs(FLAGS.train_dir)
+  free = disk.f_bfree if os.geteuid() == 0 else disk.f_bavail
+  return disk.f_blocks > 0 and free == 0  # Some file systems count nothing.
+
+
 def _how_it_ended(logger, stop, saver):
   """Returns the exit code, or raises what the user must know."""
-  if saver.failure:
-    raise UserError('the last checkpoint could not be written: %s. The one '
-                    'before is whole; make room, and start again.'
-                    % saver.failure)
   if stop.error:
     raise stop.error
+  if saver.failure:
+    raise UserError('the last checkpoint could not be written: %s. Those '
+                    'before it are as they were; make room, and start again.'
+                    % saver.failure)
   if stop.disk_was_full:
     raise UserError('the checkpoint of step %d is whole, but summaries may be '
                     'lost: the disk of --train_dir=%s was full.'
                     % (logger.step, FLAGS.train_dir))
-  if stop.signum:
-    print('Stopped by %s with a checkpoint: the same command continues.'
-          % stop.signum.name)
+  if stop.signum and logger.step < FLAGS.max_steps:
+    say('Stopped by %s with a checkpoint: the same command continues.'
+        % stop.signum.name)
     return 128 + stop.signum
   if logger.step < FLAGS.max_steps:
     raise UserError('the input ended at step %d: has a file of the data set '

@@ -6,10 +6,12 @@ them with what the user sees.
 """
 import contextlib
 import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -167,17 +169,19 @@ def test_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(
 
 
 def test_remains_of_a_killed_save_are_removed(train, run_dir):
+  (run_dir / 'model.ckpt-22.meta').mkdir()
   remains = ['model.ckpt-20.data-00000-of-00001.tempstate123',
              'model.ckpt-20.data-00000-of-00001', 'model.ckpt-21.meta',
              'model.ckpt-11.index.tempstate99',
              'checkpoint.tmp' + 32 * 'a', 'graph.pbtxt.tmp' + 32 * '0']
-  foreign = ['model.ckpt-best.index', 'notes.tmp', 'my.tempstate']
+  foreign = ['model.ckpt-best.index', 'notes.tmp' + 32 * 'a', 'my.tempstate1',
+             'model.ckpt-1.tar.gz', 'model.ckpt-5.data.bak']
   for name in remains + foreign:
     (run_dir / name).write_text('x')
   assert train('--max_steps=12').code == 0
   names = set(os.listdir(run_dir))
   assert not names & set(remains)
-  assert names > set(foreign)
+  assert names > set(foreign) | {'model.ckpt-22.meta'}
 
 
 def test_as_many_checkpoints_are_kept_as_asked_for(train, tmp_path):
@@ -187,12 +191,70 @@ def test_as_many_checkpoints_are_kept_as_asked_for(train, tmp_path):
   assert sorted(steps) == [3, 4]
 
 
-def test_checkpoints_of_the_hour_outlive_a_restart(train, tmp_path):
-  train('--max_steps=2', '--keep_checkpoint_every_n_hours=0')
-  for max_steps in (3, 4):
-    assert train('--max_steps=%d' % max_steps, '--max_to_keep=1').code == 0
-  steps = [int(path.suffixes[0][6:]) for path in tmp_path.glob('run/*.index')]
-  assert set(steps) >= {4}
+def test_checkpoints_can_be_kept_for_ever(set_flags, tmp_path):
+  tf.get_variable('v', initializer=1.0)
+  for hours, kept in ((0.0, 4), (1.0, 1)):
+    set_flags(max_to_keep=1, keep_checkpoint_every_n_hours=hours)
+    saver = cifar10_train.Saver()
+    folder = tmp_path / str(kept)
+    folder.mkdir()
+    set_flags(train_dir=str(folder))
+    with tf.Session() as session:
+      session.run(tf.global_variables_initializer())
+      for step in range(4):
+        saver.save(session, str(folder / 'model.ckpt'), step)
+    assert len(list(folder.glob('*.index'))) == kept
+
+
+def test_relative_train_dir_is_continued(
+    use_tiny, call_script, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for max_steps in (1, 2, 3):
+    run = call_script(
+        cifar10_train.main, '--train_dir=run', '--max_steps=%d' % max_steps,
+        '--log_frequency=1')
+    assert (run.code, run.stderr) == (0, '')
+    assert _first_step(run) == max_steps - 1
+
+
+def test_removed_train_dir_ends_the_run_in_one_line(train, in_step, tmp_path):
+  in_step(3, lambda: shutil.rmtree(tmp_path / 'run'))
+  run = train('--max_steps=100000')
+  assert run.code == 1
+  assert 'Traceback' not in run.stderr
+  assert '--train_dir=%s was removed' % (tmp_path / 'run') in (
+      run.stderr.splitlines()[-1])
+
+
+def test_checkpoint_of_other_types_is_refused_in_one_line(train, tmp_path):
+  with tf.Graph().as_default(), tf.Session() as session:
+    cifar10.inference(tf.zeros([1, 24, 24, 3]))
+    tf.get_variable('global_step', initializer=3.0)
+    session.run(tf.global_variables_initializer())
+    (tmp_path / 'run').mkdir()
+    tf.train.Saver().save(session, str(tmp_path / 'run' / 'model.ckpt'), 3)
+  assert _is_one_line(
+      train('--max_steps=9'), 'global_step is float32 there and int64 here')
+
+
+def test_checkpoint_that_a_trainer_removes_is_left_out_of_evaluation(
+    use_tiny, call_script, run_dir, tmp_path, monkeypatch):
+  check = cifar10.check_checkpoint
+
+  def check_too_late(checkpoint, variables):
+    if checkpoint.endswith('-11'):
+      for path in run_dir.glob('model.ckpt-11.*'):
+        path.unlink()
+    check(checkpoint, variables)
+
+  monkeypatch.setattr(cifar10, 'check_checkpoint', check_too_late)
+  run = call_script(
+      cifar10_eval.main, '--checkpoint_dir=%s' % run_dir,
+      '--eval_dir=%s' % (tmp_path / 'eval'), '--eval_interval_secs=0',
+      '--eval_timeout_secs=1')
+  assert (run.code, run.stderr) == (0, '')
+  assert '-11 was removed before its evaluation' in run.stdout
+  assert 'at step 0\n' in run.stdout
 
 
 # A disk that is full.
@@ -298,6 +360,37 @@ def test_second_trainer_on_a_train_dir_is_refused(
 
 
 # Signals.
+
+
+def test_closed_console_ends_training_with_a_checkpoint(
+    synthetic_dir, tmp_path):
+  script = os.path.join(os.path.dirname(cifar10.__file__), 'cifar10_train.py')
+  pid, console = pty.fork()
+  if pid == 0:
+    os.execv(sys.executable, [
+        sys.executable, script, '--dataset=synthetic', '--log_frequency=1',
+        '--data_dir=%s' % synthetic_dir, '--train_dir=%s' % tmp_path,
+        '--batch_size=8'])
+  output = b''
+  while b'step 5,' not in output:
+    output += os.read(console, 1000)
+  os.close(console)
+  _, status = os.waitpid(pid, 0)
+  assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+  assert int(cifar10.latest_checkpoint(str(tmp_path)).split('-')[-1]) > 5
+
+
+def test_pipe_that_nobody_reads_does_not_end_training(
+    synthetic_dir, tmp_path):
+  script = os.path.join(os.path.dirname(cifar10.__file__), 'cifar10_train.py')
+  process = subprocess.Popen(
+      [sys.executable, script, '--dataset=synthetic', '--log_frequency=1',
+       '--data_dir=%s' % synthetic_dir, '--train_dir=%s' % tmp_path,
+       '--batch_size=8', '--max_steps=20'], stdout=subprocess.PIPE)
+  process.stdout.readline()
+  process.stdout.close()
+  assert process.wait(timeout=60) == 0
+  assert cifar10.latest_checkpoint(str(tmp_path)).endswith('-20')
 
 
 def test_signal_that_is_ignored_stays_so(train, in_step):

@@ -309,14 +309,16 @@ def test_seed_repeats_the_initial_weights(
   assert np.array_equal(*weights) == same
 
 
+@pytest.mark.parametrize('flags, complaint', [
+    ([], r'the loss is (nan|inf) at step [1-4]\b'),
+    (['--save_summary_steps=1'], 'a gradient is not finite')])
 def test_loss_that_is_not_a_number_ends_the_run_in_one_line(
-    use_tiny, call_script, tmp_path):
+    use_tiny, call_script, tmp_path, flags, complaint):
   run = call_script(
       cifar10_train.main, '--train_dir=%s' % tmp_path, '--max_steps=10',
-      '--learning_rate=1e30')
+      '--learning_rate=1e30', *flags)
   assert run.code == 1
-  assert re.fullmatch(
-      r'script\.py: the loss is (nan|inf) at step [1-4]\b.*\n', run.stderr)
+  assert re.fullmatch(r'script\.py: %s.*\n' % complaint, run.stderr)
   assert _saved_step(tmp_path) == 0
 
 
@@ -517,6 +519,8 @@ def test_interrupted_run_continues_at_the_saved_step(
 
 class _SignalHook(tf.train.SessionRunHook):
   """Sends this process a signal in its third step."""
+
+  step = 0
 
   def __init__(self, signum):
     self._signum = signum
