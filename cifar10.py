@@ -498,11 +498,9 @@ def refuse_patterns(flag):
 
 def prepare_dataset():
   """Returns the data set that --dataset names, after a download if need be."""
-  name = FLAGS.dataset
+  name = _dataset_name()
   if name not in cifar10_input.DATASETS:
-    dataset = cifar10_input.pictures(os.path.expanduser(name), FLAGS.data_dir)
-    FLAGS.dataset = dataset.name  # From wherever one looks.
-    return dataset
+    return cifar10_input.pictures(name, FLAGS.data_dir)
   dataset = cifar10_input.DATASETS[name]
   if FLAGS.label == 'coarse':
     if name != 'cifar100':
@@ -510,6 +508,13 @@ def prepare_dataset():
     dataset = cifar10_input.CIFAR100_COARSE
   maybe_download_and_extract(dataset, FLAGS.data_url, FLAGS.data_sha256)
   return dataset
+
+
+def _dataset_name():
+  """Returns --dataset: a known name, or the absolute path of a folder."""
+  if FLAGS.dataset not in cifar10_input.DATASETS:
+    FLAGS.dataset = os.path.abspath(os.path.expanduser(FLAGS.dataset))
+  return FLAGS.dataset
 
 
 # What a run was started with, in its train_dir.
@@ -543,6 +548,7 @@ def _read_run(folder):
 
 def check_run(folder):
   """Raises a UserError if the run in a folder is of another network or data."""
+  _dataset_name()
   for name, value in _read_run(folder).items():
     if name in _SHAPING_FLAGS and value != FLAGS[name].value:
       raise UserError(

@@ -350,8 +350,8 @@ def pictures(folder, data_dir):
   """Describes a reader's own pictures, converted to records if need be.
 
   Args:
-    folder: has train/CLASS/ and test/CLASS/, with JPEG, PNG, GIF or BMP files
-      of any size.
+    folder: absolute path; has train/CLASS/ and test/CLASS/, with JPEG, PNG, GIF
+      or BMP files of any size.
     data_dir: folder of all data sets, where the records go.
 
   Returns:
@@ -360,7 +360,6 @@ def pictures(folder, data_dir):
   Raises:
     UserError: there are no such folders, or no pictures in them.
   """
-  folder = os.path.abspath(folder)
   classes = sorted(
       name for name in os.listdir(os.path.join(folder, 'train'))
       if os.path.isdir(os.path.join(folder, 'train', name))

@@ -130,12 +130,12 @@ def run_training(build, examples_per_step):
   """
   with cifar10_input.locked(FLAGS.train_dir, 'train_dir') as is_held, \
       tf.Graph().as_default():
-    dataset = cifar10.prepare_dataset()
     checkpoint = _checkpoint_to_continue()
     if checkpoint:
       cifar10.check_run(FLAGS.train_dir)
     if _already_trained(checkpoint):
       return 0
+    dataset = cifar10.prepare_dataset()
     tf.set_random_seed(FLAGS.seed)
     if FLAGS.deterministic:
       tf.compat.v2.config.experimental.enable_op_determinism()

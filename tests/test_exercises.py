@@ -456,3 +456,14 @@ def test_folder_without_pictures_is_explained_in_one_line(
   assert run.code == 1
   assert run.stderr.count('\n') == 1
   assert '--dataset=%s' % (tmp_path / 'mine') in run.stderr
+
+
+def test_run_of_other_data_is_refused_before_they_are_fetched(
+    run_dir, call_script, tmp_path):
+  run = call_script(
+      cifar10_train.main, '--train_dir=%s' % run_dir, '--dataset=cifar10',
+      '--data_dir=%s' % (tmp_path / 'data'))
+  assert run.code == 1
+  assert run.stderr.count('\n') == 1
+  assert 'trained with --dataset=synthetic, not cifar10' in run.stderr
+  assert not (tmp_path / 'data').exists()
