@@ -18,8 +18,9 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-KNOWN = re.compile(r'\.lock|run\.json|checkpoint|graph\.pbtxt|events\.out\.tfevents\..*|'
-                   r'model\.ckpt-\d+\.(index|meta|data-00000-of-00001)')
+KNOWN = re.compile(
+    r'\.lock|run\.json|checkpoint|graph\.pbtxt|events\.out\.tfevents\..*|'
+    r'model\.ckpt-\d+\.(index|meta|data-00000-of-00001)')
 
 
 def start(script, *flags, **options):
