@@ -228,7 +228,7 @@ def fuzz_flags(chance, count, folder):
                    'save_checkpoint_secs', 'num_gpus'):
         assert FLAGS[name].value >= 1, (argv, name)
     for name, value in before.items():
-      setattr(FLAGS, name, value)
+      FLAGS[name].value = value
   return refused
 
 
