@@ -342,8 +342,9 @@ def _convert_svhn(dataset, downloads, folder):
 
 def _write_records(path, labels, planes):
   """Writes labels [n] and planes [n, depth, height, width] as records."""
-  records = np.c_[labels.reshape(-1), planes.reshape(len(planes), -1)]
-  records.astype(np.uint8).tofile(path)
+  # As bytes first: together they would be as wide as the widest of the two.
+  np.c_[labels.reshape(-1).astype(np.uint8),
+        planes.reshape(len(planes), -1).astype(np.uint8)].tofile(path)
 
 
 def pictures(folder, data_dir):
@@ -405,7 +406,8 @@ def _convert_pictures(listing, dataset, downloads, folder):
     for part, label, path, *_ in progress(listing, 'Converting pictures'):
       try:
         with open(path, 'rb') as f:
-          planes[part].append(session.run(fitted, {contents: f.read()}))
+          picture = session.run(fitted, {contents: f.read()})
+        planes[part].append(picture.astype(np.uint8))
         labels[part].append(label)
       except (OSError, tf.errors.OpError):
         print('Skipped %s: it is no picture.' % path, flush=True)
