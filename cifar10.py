@@ -32,7 +32,8 @@ tf.flags.DEFINE_boolean(
     'use_fp16', False, 'Compute activations in float16, on GPUs; variables and '
     'losses stay in float32.')
 
-# The recipe of training. Flags of the same names change it.
+# The recipe of training, the original's. Flags of the same names change it.
+RECIPE = 'cifar10, the recipe'    # Their heading in --help.
 INITIAL_LEARNING_RATE = 0.1
 LEARNING_RATE_SCHEDULE = 'staircase'
 NUM_EPOCHS_PER_DECAY = 350.0      # Epochs until the learning rate falls.
@@ -526,15 +527,21 @@ _ADOPTED_FLAGS = _SHAPING_FLAGS + ('data_dir', 'use_bfloat16', 'use_fp16')
 
 def write_run(folder):
   """Writes all flags, and versions, for those who want to know later."""
-  FLAGS.data_dir = os.path.abspath(FLAGS.data_dir)
+  flags = FLAGS.flags_by_module_dict()
+  values = {flag.name: flag.value
+            for module in _modules() for flag in flags[module]}
+  values['data_dir'] = os.path.abspath(FLAGS.data_dir)
   with open(os.path.join(folder, _RUN_FILE), 'w') as f:
     json.dump({
-        'flags': {flag.name: flag.value
-                  for module, flags in FLAGS.flags_by_module_dict().items()
-                  if os.path.basename(module).startswith('cifar10')
-                  for flag in flags},
+        'flags': values,
         'versions': {'tensorflow': tf.version.VERSION, 'numpy': np.__version__,
                      'python': sys.version.split()[0]}}, f, indent=1)
+
+
+def _modules():
+  """Returns what absl calls the modules of our flags, the script's own first."""
+  return [module for module in reversed(FLAGS.flags_by_module_dict())
+          if os.path.basename(module).startswith('cifar10')]
 
 
 def _read_run(folder):
@@ -652,7 +659,8 @@ def run(main, takes_arguments=False):
     except ValueError as error:  # As for --norun_once=1.
       raise tf.flags.Error(error) from error
     if FLAGS.help:
-      print(sys.modules['__main__'].__doc__ + FLAGS.main_module_help())
+      print(sys.modules['__main__'].__doc__)
+      print('\n'.join(map(FLAGS.module_help, _modules())))
       sys.exit(0)
     if argv[1:] and not takes_arguments:
       raise tf.flags.Error('what is %r? Flags look like --name=value' % argv[1])

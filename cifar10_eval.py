@@ -59,7 +59,6 @@ tf.flags.DEFINE_list(
 tf.flags.DEFINE_string(
     'export_dir', None, 'Write the network as a SavedModel to this new folder '
     'instead, with all that it does to pictures.')
-tf.flags.adopt_module_key_flags(cifar10)
 
 NUM_MISTAKES = 10  # The surest ones, that TensorBoard shows.
 
@@ -298,7 +297,8 @@ def predict(paths):
   exit_code = 0
   with tf.Graph().as_default(), tf.Session() as session:
     contents = tf.placeholder(tf.string, [])
-    probabilities = _probabilities(_fit_file(contents, dataset), dataset)
+    probabilities = _probabilities(
+        cifar10_input.decode(contents, dataset), dataset)
     _restore(session, checkpoint)
     for path in paths:
       try:
@@ -333,11 +333,10 @@ def export(folder):
     with tf.variable_scope('', reuse=tf.AUTO_REUSE):
       signatures = {
           tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY: _signature(
-              images, cifar10_input.fit(tf.cast(images, tf.float32), dataset),
-              dataset),
+              images, cifar10_input.fit(images, dataset), dataset),
           'encoded': _signature(encoded, tf.map_fn(
-              lambda contents: _fit_file(contents, dataset)[0], encoded,
-              fn_output_signature=tf.float32), dataset)}
+              lambda contents: cifar10_input.decode(contents, dataset)[0],
+              encoded, fn_output_signature=tf.float32), dataset)}
     _restore(session, checkpoint)
     builder = tf.saved_model.Builder(folder)
     builder.add_meta_graph_and_variables(
@@ -353,11 +352,6 @@ def _run():
   if checkpoint is None:
     raise _no_checkpoint()
   return checkpoint, _dataset()
-
-
-def _fit_file(contents, dataset):
-  picture = cifar10_input.decode_picture(contents)
-  return cifar10_input.fit(tf.cast(picture, tf.float32)[tf.newaxis], dataset)
 
 
 def _probabilities(planes, dataset):

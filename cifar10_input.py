@@ -88,7 +88,7 @@ class UserError(ValueError):
   """A mistake that the user can mend. Its text is one line that says how."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
   """The description of a data set in CIFAR-10's binary format.
 
@@ -102,7 +102,7 @@ class Dataset:
   eval_files: dict   # The same for the files to evaluate on.
   classes: tuple     # The name of each label.
   label_bytes: int = 1
-  label_byte: int = -1  # Which of them is the label; the last one.
+  label_byte: int = 0  # Which of them is the label.
   height: int = 32   # Of a picture, in pixels.
   width: int = 32
   depth: int = 3     # Channels.
@@ -113,10 +113,6 @@ class Dataset:
   @property
   def record_bytes(self):
     return self.label_bytes + self.height * self.width * self.depth
-
-  @property
-  def label_offset(self):
-    return self.label_byte % self.label_bytes
 
   @property
   def files(self):
@@ -376,18 +372,18 @@ def pictures(folder, data_dir):
   digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
   dataset = Dataset(
       name=folder, title=os.path.basename(folder),
-      folder='%s-%s' % (os.path.basename(folder), digest), train_files={},
-      eval_files={}, classes=tuple(classes),
+      folder='%s-%s' % (os.path.basename(folder), digest),
+      train_files={'train.bin': 0}, eval_files={'test.bin': 0},
+      classes=tuple(classes),
       make=functools.partial(_convert_pictures, listing))
-  counts = os.path.join(data_dir, dataset.folder, 'counts.json')
-  with locked(data_dir, 'data_dir', wait=True):
-    if not os.path.exists(counts):
-      _get(dataset, os.path.dirname(counts), None, None)
-  with open(counts) as f:
-    counts = json.load(f)
-  return dataclasses.replace(
-      dataset, train_files={'train.bin': counts['train']},
-      eval_files={'test.bin': counts['test']})
+  converted = maybe_download_and_extract(dataset, data_dir)
+
+  def counted(files):  # Known only now, for some could not be read.
+    return {name: os.path.getsize(os.path.join(converted, name))
+                  // dataset.record_bytes for name in files}
+
+  return dataclasses.replace(dataset, train_files=counted(dataset.train_files),
+                             eval_files=counted(dataset.eval_files))
 
 
 def _files_below(folder):
@@ -397,41 +393,44 @@ def _files_below(folder):
 
 def _convert_pictures(listing, dataset, downloads, folder):
   """Writes the records of picture files, and how many there are."""
-  planes = {'train': [], 'test': []}
-  labels = {'train': [], 'test': []}
+  records = {'train': [], 'test': []}
   with tf.Graph().as_default(), tf.Session() as session:
     contents = tf.placeholder(tf.string, [])
-    fitted = fit(tf.cast(decode_picture(contents), tf.float32)[tf.newaxis],
-                 dataset)
+    decoded = decode(contents, dataset)
     for part, label, path, *_ in progress(listing, 'Converting pictures'):
       try:
         with open(path, 'rb') as f:
-          picture = session.run(fitted, {contents: f.read()})
-        planes[part].append(picture.astype(np.uint8))
-        labels[part].append(label)
+          planes = session.run(decoded, {contents: f.read()})
+        records[part].append((label, planes[0]))
       except (OSError, tf.errors.OpError):
         print('Skipped %s: it is no picture.' % path, flush=True)
-  if not planes['train'] or not planes['test']:
+  if not all(records.values()):
     raise UserError('--dataset=%s has no picture that can be read.'
                     % dataset.name)
-  for part in planes:
-    _write_records(os.path.join(folder, part + '.bin'), np.array(labels[part]),
-                   np.concatenate(planes[part]))
-  with open(os.path.join(folder, 'counts.json'), 'w') as f:
-    json.dump({part: len(labels[part]) for part in labels}, f)
+  for part in records:
+    labels, planes = map(np.array, zip(*records[part]))
+    _write_records(os.path.join(folder, part + '.bin'), labels, planes)
 
 
-def decode_picture(contents):
-  """Decodes a JPEG, PNG, GIF or BMP file to uint8 [height, width, 3]."""
+def decode(contents, dataset):
+  """Makes of a JPEG, PNG, GIF or BMP file what `fit` makes of one picture.
+
+  Args:
+    contents: scalar string, the file's bytes.
+    dataset: the `Dataset`.
+
+  Returns:
+    float32 [1, depth, dataset.height, dataset.width].
+  """
   picture = tf.io.decode_image(contents, 3, expand_animations=False)
-  return tf.ensure_shape(picture, [None, None, 3])
+  return fit(tf.ensure_shape(picture, [None, None, 3])[tf.newaxis], dataset)
 
 
 def fit(images, dataset):
   """Scales pictures until they cover those of a data set, and cuts them to it.
 
   Args:
-    images: float32 [batch, height, width, depth], 0 to 255.
+    images: [batch, height, width, depth], 0 to 255, of any type.
     dataset: the `Dataset`.
 
   Returns:
@@ -442,7 +441,7 @@ def fit(images, dataset):
   shape = tf.cast(tf.shape(images)[1:3], tf.float32)
   scale = tf.reduce_max(size / shape)
   fitted = tf.raw_ops.ScaleAndTranslate(
-      images=images, size=tf.cast(size, tf.int32), scale=[scale, scale],
+      images=tf.cast(images, tf.float32), size=tf.cast(size, tf.int32), scale=[scale, scale],
       translation=(size - scale * shape) / 2, kernel_type='triangle',
       antialias=True)
   return tf.transpose(tf.round(tf.clip_by_value(fitted, 0, 255)), [0, 3, 1, 2])
@@ -536,6 +535,7 @@ CIFAR100 = Dataset(
         table tank telephone television tiger tractor train trout tulip turtle
         wardrobe whale willow_tree wolf woman worm""".split()),
     label_bytes=2,
+    label_byte=1,
     downloads={
         'https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz':
         '58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec'},
@@ -601,9 +601,12 @@ def check_files(dataset, folder, files):
       label that the data set does not know.
   """
   paths = [os.path.join(folder, name) for name in files]
-  for name, path in zip(files, paths):
+  for path in paths:
     try:
-      flaw = _find_flaw(path, dataset.size_bytes(name), dataset)
+      stat = os.stat(path)
+      flaw = _find_flaw(path, dataset, stat.st_size, stat.st_mtime_ns)
+    except FileNotFoundError:
+      flaw = 'is missing'
     except OSError as error:
       raise UserError('%s cannot be read: %s.'
                       % (path, error.strerror)) from error
@@ -613,25 +616,20 @@ def check_files(dataset, folder, files):
   return paths
 
 
-def _find_flaw(path, size_bytes, dataset):
+@functools.lru_cache(maxsize=None)  # To look again at the same file is free.
+def _find_flaw(path, dataset, found_bytes, mtime_ns):
   """Returns what is wrong with a file, or None."""
   if not os.path.isfile(path):
-    return 'is not a file' if os.path.exists(path) else 'is missing'
-  stat = os.stat(path)
-  if stat.st_size != size_bytes:
-    return 'has %d bytes, not %d' % (stat.st_size, size_bytes)
-  return _find_wrong_label(path, dataset.record_bytes, dataset.label_offset,
-                           len(dataset.classes), stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=None)  # To look again at the same file is free.
-def _find_wrong_label(path, record_bytes, offset, num_classes, mtime_ns):
-  """Returns what is wrong with a file's labels, or None."""
-  labels = np.memmap(path, np.uint8, 'r').reshape(-1, record_bytes)[:, offset]
-  wrong, = np.nonzero(labels >= num_classes)
+    return 'is not a file'
+  size_bytes = dataset.size_bytes(os.path.basename(path))
+  if found_bytes != size_bytes:
+    return 'has %d bytes, not %d' % (found_bytes, size_bytes)
+  labels = np.memmap(path, np.uint8, 'r').reshape(
+      -1, dataset.record_bytes)[:, dataset.label_byte]
+  wrong, = np.nonzero(labels >= len(dataset.classes))
   if wrong.size:
     return 'has the label %d in record %d, not one of 0 to %d' % (
-        labels[wrong[0]], wrong[0], num_classes - 1)
+        labels[wrong[0]], wrong[0], len(dataset.classes) - 1)
   return None
 
 
@@ -670,7 +668,7 @@ def parse_records(values, dataset):
   """
   records = tf.ensure_shape(
       tf.decode_raw(values, tf.uint8), [None, dataset.record_bytes])
-  labels = tf.cast(records[:, dataset.label_offset], tf.int32)
+  labels = tf.cast(records[:, dataset.label_byte], tf.int32)
   planes = tf.reshape(records[:, dataset.label_bytes:],
                       [-1, dataset.depth, dataset.height, dataset.width])
   return planes, labels

@@ -19,8 +19,6 @@ FLAGS = tf.flags.FLAGS
 tf.flags.DEFINE_integer(
     'num_gpus', 1, 'How many towers, each on a GPU of its own if there is one.',
     lower_bound=1, upper_bound=256)
-tf.flags.adopt_module_key_flags(cifar10)
-tf.flags.adopt_module_key_flags(cifar10_train)
 
 
 def train():

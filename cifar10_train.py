@@ -34,21 +34,23 @@ tf.flags.DEFINE_boolean(
     'an earlier run in --train_dir.')
 tf.flags.DEFINE_float(
     'learning_rate', cifar10.INITIAL_LEARNING_RATE, 'At the first step.',
-    lower_bound=0.0)
+    lower_bound=0.0, module_name=cifar10.RECIPE)
 tf.flags.DEFINE_enum(
     'learning_rate_schedule', cifar10.LEARNING_RATE_SCHEDULE,
     ['staircase', 'linear', 'cosine'],
-    'How it falls: tenfold every 350 epochs, or to zero at --max_steps.')
+    'How it falls: tenfold every 350 epochs, or to zero at --max_steps.',
+    module_name=cifar10.RECIPE)
 tf.flags.DEFINE_float(
     'momentum', cifar10.MOMENTUM, 'Of the gradients.', lower_bound=0.0,
-    upper_bound=1.0)
+    upper_bound=1.0, module_name=cifar10.RECIPE)
 tf.flags.DEFINE_float(
     'weight_decay', cifar10.WEIGHT_DECAY,
-    'Factor of the L2 losses of local3 and local4.', lower_bound=0.0)
+    'Factor of the L2 losses of local3 and local4.', lower_bound=0.0,
+    module_name=cifar10.RECIPE)
 tf.flags.DEFINE_float(
     'moving_average_decay', cifar10.MOVING_AVERAGE_DECAY,
     'Of the averages of the variables, which are evaluated.', lower_bound=0.0,
-    upper_bound=1.0)
+    upper_bound=1.0, module_name=cifar10.RECIPE)
 tf.flags.DEFINE_float(
     'min_fraction_of_examples_in_queue',
     cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE, 'How much of an epoch is '
@@ -87,7 +89,6 @@ tf.flags.DEFINE_integer(
     'one for every four processors.', lower_bound=1, upper_bound=256)
 tf.flags.DEFINE_boolean(
     'log_device_placement', False, 'Show which device each operation is on.')
-tf.flags.adopt_module_key_flags(cifar10)
 
 
 def train():

@@ -96,7 +96,7 @@ def tiny():
 def two_labels():
   """One whose records have two label bytes, as those of CIFAR-100."""
   return _dataset(
-      label_bytes=2, classes=tuple('class %d' % i for i in range(100)))
+      label_bytes=2, label_byte=1, classes=tuple('class %d' % i for i in range(100)))
 
 
 @pytest.fixture(scope='session')
