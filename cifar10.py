@@ -8,6 +8,7 @@
 These verbs build a graph. To run it is the business of cifar10_train.py and its
 siblings, or of a script of your own.
 """
+import collections
 import json
 import os
 import re
@@ -319,22 +320,38 @@ def loss(logits, labels, scope=None):
   return tf.add_n(tf.get_collection('losses', scope), name='total_loss')
 
 
-def train(total_loss, global_step, dataset=CIFAR10):
+class Replicas(collections.namedtuple('Replicas', ['aggregated', 'total'])):
+  """How many workers train together, each with a replica of the graph.
+
+  aggregated: int, how many gradients are averaged in a step.
+  total: int, how many there are to take them from.
+  """
+
+
+ALONE = Replicas(1, 1)
+
+# No string: TensorFlow would want to save the collection in checkpoints.
+SYNC_REPLICAS = ('sync_replicas',)
+
+
+def train(total_loss, global_step, dataset=CIFAR10, replicas=ALONE):
   """Builds one step of training.
 
   Args:
     total_loss: scalar float32, from `loss`.
     global_step: int64 variable, the number of steps done.
     dataset: the `cifar10_input.Dataset`, whose size makes an epoch.
+    replicas: the `Replicas` that do a step together.
 
   Returns:
     The operation that does the step.
   """
   with tf.name_scope('train'):
-    optimizer = make_optimizer(global_step, FLAGS.batch_size, dataset)
+    optimizer = make_optimizer(
+        global_step, FLAGS.batch_size * replicas.aggregated, dataset)
     return apply_gradients(
         optimizer, optimizer.compute_gradients(total_loss), global_step,
-        tf.get_collection('losses') + [total_loss])
+        tf.get_collection('losses') + [total_loss], replicas)
 
 
 def make_optimizer(global_step, examples_per_step, dataset=CIFAR10):
@@ -342,7 +359,8 @@ def make_optimizer(global_step, examples_per_step, dataset=CIFAR10):
 
   Args:
     global_step: int64 variable, the number of steps done.
-    examples_per_step: images that one step learns from, over all towers.
+    examples_per_step: images that one step learns from, over all towers and
+      all replicas.
     dataset: the `cifar10_input.Dataset`, whose size makes an epoch.
   """
   initial_rate = flag('learning_rate', INITIAL_LEARNING_RATE)
@@ -364,7 +382,7 @@ def make_optimizer(global_step, examples_per_step, dataset=CIFAR10):
   return tf.train.GradientDescentOptimizer(learning_rate)
 
 
-def apply_gradients(optimizer, gradients, global_step, losses):
+def apply_gradients(optimizer, gradients, global_step, losses, replicas=ALONE):
   """Updates the variables and then their averages, and draws all summaries.
 
   Args:
@@ -372,15 +390,26 @@ def apply_gradients(optimizer, gradients, global_step, losses):
     gradients: list of (gradient, variable) pairs.
     global_step: int64 variable, raised by one.
     losses: scalars whose names the summaries take.
+    replicas: the `Replicas` that do a step together. What keeps more than one
+      in step, a `tf.train.SyncReplicasOptimizer`, is in the collection
+      `SYNC_REPLICAS` then.
 
   Returns:
     The operation that does all of it.
   """
-  apply_gradient_op = optimizer.apply_gradients(gradients, global_step)
-  with tf.control_dependencies([apply_gradient_op]):
-    variable_averages = tf.train.ExponentialMovingAverage(
-        flag('moving_average_decay', MOVING_AVERAGE_DECAY), global_step)
-    variable_averages_op = variable_averages.apply(tf.trainable_variables())
+  variable_averages = tf.train.ExponentialMovingAverage(
+      flag('moving_average_decay', MOVING_AVERAGE_DECAY), global_step)
+  if replicas.total > 1:
+    optimizer = tf.train.SyncReplicasOptimizer(
+        optimizer, replicas.aggregated, replicas.total,
+        variable_averages=variable_averages,
+        variables_to_average=tf.trainable_variables())
+    tf.add_to_collection(SYNC_REPLICAS, optimizer)
+    update_op = optimizer.apply_gradients(gradients, global_step)
+  else:
+    apply_gradient_op = optimizer.apply_gradients(gradients, global_step)
+    with tf.control_dependencies([apply_gradient_op]):
+      update_op = variable_averages.apply(tf.trainable_variables())
   # The losses of single batches jump: their averages are for looking at. The
   # original's checkpoints have them under this name.
   loss_averages = tf.train.ExponentialMovingAverage(0.9, name='avg')
@@ -395,7 +424,7 @@ def apply_gradients(optimizer, gradients, global_step, losses):
       _histogram_summary(variable.op.name + '/gradients', gradient)
   _activation_summaries()
   _filter_summary()
-  return tf.group(variable_averages_op, loss_averages_op, name='step')
+  return tf.group(update_op, loss_averages_op, name='step')
 
 
 # Summaries. TensorFlow's own functions make tags from scopes (conv1/conv1_1,
@@ -516,6 +545,49 @@ def _dataset_name():
   if FLAGS.dataset not in cifar10_input.DATASETS:
     FLAGS.dataset = os.path.abspath(os.path.expanduser(FLAGS.dataset))
   return FLAGS.dataset
+
+
+_JOBS = ('chief', 'master', 'worker', 'ps', 'evaluator')
+
+
+def cluster():
+  """Returns what TF_CONFIG says of a cluster and of this process's task in it.
+
+  Returns:
+    None without a cluster. Else a dict from 'ps', 'worker' and either 'chief'
+    or 'master' to lists of addresses, HOST:PORT; the task's job, one of these
+    or 'evaluator'; and its index.
+
+  Raises:
+    UserError: one cannot train with what it says.
+  """
+  if not os.environ.get('TF_CONFIG'):
+    return None
+  try:
+    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    jobs = resolver.cluster_spec().as_dict()
+    job, index = resolver.task_type, resolver.task_id or 0
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UserError('TF_CONFIG cannot be read: %s.' % error) from error
+  jobs.pop('evaluator', None)  # It is beside the cluster.
+  if not jobs:
+    return None
+  chiefs = sum(len(jobs.get(name, ())) for name in ('chief', 'master'))
+  strange = [address for addresses in jobs.values() for address in addresses
+             if not re.fullmatch(r'[^\s/]+:\d{1,5}', address)]
+  for is_wrong, what in (
+      (set(jobs) - set(_JOBS), 'has the job %s in its cluster, not only %s' % (
+          ', '.join(sorted(set(jobs) - set(_JOBS))), ', '.join(_JOBS))),
+      (strange, 'has the address %s, not HOST:PORT' % strange[:1]),
+      (chiefs != 1, 'has %d tasks chief or master, not one' % chiefs),
+      (not jobs.get('ps'), 'has no ps in its cluster'),
+      (job not in (*jobs, 'evaluator'), 'has the task type %s, which is not in '
+       'its cluster: %s' % (job, ', '.join(jobs))),
+      (not 0 <= index < len(jobs.get(job, 'e')), 'has the task index %d; %s has '
+       '0 to %d' % (index, job, len(jobs.get(job, 'e')) - 1))):
+    if is_wrong:
+      raise UserError('TF_CONFIG %s.' % what)
+  return jobs, job, index
 
 
 # What a run was started with, in its train_dir.
@@ -647,10 +719,6 @@ def run(main, takes_arguments=False):
   What a user can mend is one line on stderr: exit code 2 for flags, 1 for all
   else. Ctrl-C gives 130, SIGTERM 143, and a terminal that is closed 129.
   """
-  def fail(code, message):
-    say('%s: %s' % (os.path.basename(sys.argv[0]), message), sys.stderr)
-    sys.exit(code)
-
   handle_signals(_interrupt)
   tf.flags.DEFINE_boolean('help', False, 'Show this.', short_name='h')
   try:
@@ -664,7 +732,7 @@ def run(main, takes_arguments=False):
       sys.exit(0)
     if argv[1:] and not takes_arguments:
       raise tf.flags.Error('what is %r? Flags look like --name=value' % argv[1])
-    sys.exit(main(argv))
+    _leave(main(argv))
   except tf.flags.Error as error:
     fail(2, str(error).replace('\n', '; ') + _allowed(error))
   except UserError as error:
@@ -674,6 +742,19 @@ def run(main, takes_arguments=False):
   except KeyboardInterrupt as interruption:
     signum, = interruption.args
     fail(128 + signum, 'stopped by %s.' % signum.name)
+
+
+def fail(code, message):
+  """Ends the process with one line on stderr."""
+  say('%s: %s' % (os.path.basename(sys.argv[0]), message), sys.stderr)
+  _leave(code)
+
+
+def _leave(code):
+  if os.environ.get('TF_CONFIG'):  # A server would keep Python from its exit.
+    sys.stdout.flush()
+    os._exit(code or 0)
+  sys.exit(code)
 
 
 def handle_signals(handler):

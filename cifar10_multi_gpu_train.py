@@ -27,13 +27,14 @@ def train():
       build_step, FLAGS.batch_size * FLAGS.num_gpus)
 
 
-def build_step(dataset, global_step):
+def build_step(dataset, global_step, replicas=cifar10.ALONE):
   """Builds one step of training on all towers; see `cifar10_train`."""
-  examples_per_step = FLAGS.batch_size * FLAGS.num_gpus
+  examples = FLAGS.batch_size * FLAGS.num_gpus
   # Whatever is not a tower's is on the CPU, in reach of all towers.
   with tf.device('/cpu:0'):
-    images, labels = cifar10.distorted_inputs(dataset, examples_per_step)
-    optimizer = cifar10.make_optimizer(global_step, examples_per_step, dataset)
+    images, labels = cifar10.distorted_inputs(dataset, examples)
+    optimizer = cifar10.make_optimizer(
+        global_step, examples * replicas.aggregated, dataset)
     tower_losses, tower_grads = [], []
     for i, device in enumerate(tower_devices(FLAGS.num_gpus)):
       mine = slice(i * FLAGS.batch_size, (i + 1) * FLAGS.batch_size)
@@ -48,7 +49,8 @@ def build_step(dataset, global_step):
     total_loss = losses[-1]
     with tf.name_scope('train'):
       train_op = cifar10.apply_gradients(
-          optimizer, average_gradients(tower_grads), global_step, losses)
+          optimizer, average_gradients(tower_grads), global_step, losses,
+          replicas)
   return train_op, total_loss
 
 

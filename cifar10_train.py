@@ -15,7 +15,11 @@ import contextlib
 import math
 import os
 import re
+import select
+import signal
+import socket
 import sys
+import threading
 import time
 
 import cifar10
@@ -88,6 +92,15 @@ tf.flags.DEFINE_integer(
     'num_preprocess_threads', None, 'Threads that distort images; by default '
     'one for every four processors.', lower_bound=1, upper_bound=256)
 tf.flags.DEFINE_boolean(
+    'sync_replicas', True, 'In a cluster: average the gradients of all workers '
+    'in each step. Else each worker does steps of its own.')
+tf.flags.DEFINE_integer(
+    'backup_workers', 0, 'In a cluster: how many gradients a step does without, '
+    'the latest ones.', lower_bound=0)
+tf.flags.DEFINE_integer(
+    'cluster_timeout_secs', 600, 'In a cluster: how long to wait for a task '
+    'that is not there.', lower_bound=1)
+tf.flags.DEFINE_boolean(
     'log_device_placement', False, 'Show which device each operation is on.')
 
 
@@ -96,12 +109,13 @@ def train():
   return run_training(build_step, FLAGS.batch_size)
 
 
-def build_step(dataset, global_step):
+def build_step(dataset, global_step, replicas=cifar10.ALONE):
   """Builds one step of training on one device.
 
   Args:
     dataset: the `cifar10_input.Dataset` to learn from.
     global_step: int64 variable, the number of steps done.
+    replicas: the `cifar10.Replicas` that do a step together.
 
   Returns:
     The operation that does the step, and its loss, a scalar float32.
@@ -111,15 +125,15 @@ def build_step(dataset, global_step):
     images, labels = cifar10.distorted_inputs(dataset)
   logits = cifar10.inference(images, len(dataset.classes))
   loss = cifar10.loss(logits, labels)
-  return cifar10.train(loss, global_step, dataset), loss
+  return cifar10.train(loss, global_step, dataset, replicas), loss
 
 
-def run_training(build, examples_per_step):
+def run_training(build, examples):
   """Trains until --max_steps, or until something else ends it.
 
   Args:
     build: function that builds a step, as `build_step` does.
-    examples_per_step: images that one step learns from, over all towers.
+    examples: images in a step of this process, over all towers.
 
   Returns:
     The exit code: 0, or 128 and the number of the signal.
@@ -127,33 +141,49 @@ def run_training(build, examples_per_step):
   Raises:
     UserError: --train_dir cannot be used, another process uses it, or it holds
       the checkpoint of another network; the loss is not a number any more; a
-      file of the data set has changed; the last checkpoint was not written.
+      file of the data set has changed; the last checkpoint was not written;
+      another task of a cluster is not there.
   """
-  with cifar10_input.locked(FLAGS.train_dir, 'train_dir') as is_held, \
-      tf.Graph().as_default():
+  place = OneMachine() if not cifar10.cluster() else Cluster(*cifar10.cluster())
+  return place.run(lambda: _train(place, build, examples))
+
+
+def _train(place, build, examples):
+  """Trains in a place, `OneMachine` or `Cluster`; see `run_training`."""
+  with place.lock() as is_held, tf.Graph().as_default(), \
+      tf.device(place.device):
     checkpoint = _checkpoint_to_continue()
     if checkpoint:
       cifar10.check_run(FLAGS.train_dir)
     if _already_trained(checkpoint):
       return 0
     dataset = cifar10.prepare_dataset()
-    tf.set_random_seed(FLAGS.seed)
+    # Each worker draws for itself; the chief's are the initial weights.
+    tf.set_random_seed(FLAGS.seed and FLAGS.seed + place.worker)
     if FLAGS.deterministic:
       tf.compat.v2.config.experimental.enable_op_determinism()
-    train_op, loss = build(dataset, tf.train.get_or_create_global_step())
+    global_step = tf.train.get_or_create_global_step()
+    train_op, loss = build(dataset, global_step, place.replicas)
+    with tf.control_dependencies([train_op]):
+      steps_done = tf.identity(global_step.read_value())
     if checkpoint:
       cifar10.check_checkpoint(
           checkpoint, {v.op.name: v for v in tf.global_variables()})
-    _tidy(checkpoint)
+    if place.is_chief:
+      _tidy(checkpoint)
     saver = Saver()
+
     def check():
       if not is_held():
         raise UserError('--train_dir=%s was removed.' % FLAGS.train_dir)
       cifar10.check_files(dataset, dataset.train_files)
+      place.check()
 
-    logger, stop = LoggerHook(loss, examples_per_step), StopHook(check)
+    logger = LoggerHook(loss, steps_done, examples * place.replicas.aggregated)
+    stop = StopHook(check)
+    place.wait()
     try:
-      with _session(saver, [stop, logger]) as session:
+      with _session(place, saver, [stop, logger] + place.hooks()) as session:
         while not session.should_stop():
           session.run(train_op)
     except tf.errors.OpError as error:
@@ -161,20 +191,20 @@ def run_training(build, examples_per_step):
       if 'HistogramSummary' in str(error):  # It draws only finite numbers.
         raise UserError(_not_a_number('a gradient is not finite')) from error
       raise
-    return _how_it_ended(logger, stop, saver)
+    return _how_it_ended(place, logger, stop, saver)
 
 
-def _session(saver, hooks):
+def _session(place, saver, hooks):
   """Starts a session, which restores the checkpoint that `checkpoint` names."""
   return tf.train.MonitoredTrainingSession(
-      checkpoint_dir=FLAGS.train_dir,
+      place.target, place.is_chief, FLAGS.train_dir,
       scaffold=tf.train.Scaffold(saver=saver),
       save_checkpoint_secs=FLAGS.save_checkpoint_secs,
       save_summaries_steps=FLAGS.save_summary_steps,
       log_step_count_steps=FLAGS.save_summary_steps,
       hooks=[tf.train.StopAtStepHook(last_step=FLAGS.max_steps)] + hooks,
       config=tf.ConfigProto(
-          allow_soft_placement=True,
+          allow_soft_placement=True, device_filters=place.device_filters,
           log_device_placement=FLAGS.log_device_placement))
 
 
@@ -279,34 +309,35 @@ def _not_a_number(what):
 
 
 class LoggerHook(tf.train.SessionRunHook):
-  """Prints loss and speed every --log_frequency steps."""
+  """Prints loss and speed every --log_frequency steps.
 
-  def __init__(self, loss, examples_per_step):
-    self._loss = loss
+  `step` is the number of steps done, by all workers of a cluster together.
+  """
+
+  def __init__(self, loss, steps_done, examples_per_step):
+    self._fetches = [loss, steps_done]
     self._examples_per_step = examples_per_step
 
   def after_create_session(self, session, coord):
-    self.step = session.run(tf.train.get_global_step())
-    self._steps_since_line = 0
-    self._start_time = time.time()
+    self.step = self._line_step = session.run(tf.train.get_global_step())
+    self._line_time = time.time()
 
   def before_run(self, run_context):
-    return tf.train.SessionRunArgs(self._loss)
+    return tf.train.SessionRunArgs(self._fetches)
 
   def after_run(self, run_context, run_values):
-    loss_value = run_values.results
+    before, (loss_value, self.step) = self.step, run_values.results
     if not math.isfinite(loss_value):
       raise UserError(_not_a_number(
-          'the loss is %s at step %d' % (loss_value, self.step)))
-    self._steps_since_line += 1
-    if self.step % FLAGS.log_frequency == 0:
-      secs = (time.time() - self._start_time) / self._steps_since_line
+          'the loss is %s at step %d' % (loss_value, self.step - 1)))
+    # Other workers may have done several steps meanwhile.
+    if -before // FLAGS.log_frequency != -self.step // FLAGS.log_frequency:
+      secs = (time.time() - self._line_time) / max(
+          1, self.step - self._line_step)
       say('%s: step %d, loss = %.2f (%.1f examples/sec; %.3f sec/batch)' % (
-          datetime.now(), self.step, loss_value,
+          datetime.now(), self.step - 1, loss_value,
           self._examples_per_step / secs, secs))
-      self._start_time = time.time()
-      self._steps_since_line = 0
-    self.step += 1
+      self._line_step, self._line_time = self.step, time.time()
 
 
 class StopHook(tf.train.SessionRunHook):
@@ -347,7 +378,7 @@ def _is_disk_full():
   return disk.f_blocks > 0 and free == 0  # Some file systems count nothing.
 
 
-def _how_it_ended(logger, stop, saver):
+def _how_it_ended(place, logger, stop, saver):
   """Returns the exit code, or raises what the user must know."""
   if stop.error:
     raise stop.error
@@ -360,13 +391,302 @@ def _how_it_ended(logger, stop, saver):
                     'lost: the disk of --train_dir=%s was full.'
                     % (logger.step, FLAGS.train_dir))
   if stop.signum and logger.step < FLAGS.max_steps:
-    say('Stopped by %s with a checkpoint: the same command continues.'
-        % stop.signum.name)
+    say('Stopped by %s%s: the same command continues.' % (
+        stop.signum.name, ' with a checkpoint' if place.is_chief else ''))
     return 128 + stop.signum
   if logger.step < FLAGS.max_steps:
+    place.check()
     raise UserError('the input ended at step %d: has a file of the data set '
                     'changed?' % logger.step)
   return 0
+
+
+# Where it is trained: on one machine, or by the tasks of a TensorFlow cluster.
+
+
+class OneMachine:
+  """All of it in this process.
+
+  Attributes:
+    worker: int, which of all workers this is; the chief is number 0.
+    replicas: the `cifar10.Replicas` that do a step together.
+    target: str, what a session connects to.
+    device: where operations go, for `tf.device`.
+    device_filters: list of the devices that a session sees, all if empty.
+  """
+
+  worker = 0
+  replicas = cifar10.ALONE
+  target = ''
+  device = None
+  device_filters = ()
+
+  @property
+  def is_chief(self):
+    return self.worker == 0
+
+  def lock(self):
+    """Locks --train_dir if it is ours; see `cifar10_input.locked`."""
+    if self.is_chief:
+      return cifar10_input.locked(FLAGS.train_dir, 'train_dir')
+    return contextlib.nullcontext(lambda: True)
+
+  def run(self, train):
+    """Calls a function that trains. Returns the exit code, as that does."""
+    return train()
+
+  def wait(self):
+    """Waits until a session can begin."""
+
+  def hooks(self):
+    return []
+
+  def check(self):
+    """Raises a UserError if something outside of this process is amiss."""
+
+
+class Cluster(OneMachine):
+  """One task of a cluster, and what it knows of the others.
+
+  Parameter servers (ps) hold the variables. The chief and the workers compute,
+  each on batches of its own; the chief also initializes, saves and summarizes.
+  The workers' graphs differ in the names of devices only. A thread watches
+  whether those tasks are there without which this one cannot go on.
+
+  Args:
+    jobs: dict from each job to the addresses of its tasks.
+    job, index: which of the tasks this process is.
+  """
+
+  def __init__(self, jobs, job, index):
+    self._addresses = {'%s %d' % (name, i): address
+                       for name, addresses in jobs.items()
+                       for i, address in enumerate(addresses)}
+    self._servers = [task for task in self._addresses if task[:2] == 'ps']
+    self._workers = sorted(set(self._addresses) - set(self._servers),
+                           key=lambda task: (task[0] == 'w', len(task), task))
+    self._task = '%s %d' % (job, index)
+    self.worker = (self._workers + [self._task]).index(self._task)
+    if FLAGS.backup_workers >= len(self._workers):
+      raise UserError('--backup_workers=%d is all of the %d workers.'
+                      % (FLAGS.backup_workers, len(self._workers)))
+    if FLAGS.sync_replicas:
+      self.replicas = cifar10.Replicas(
+          len(self._workers) - FLAGS.backup_workers, len(self._workers))
+    spec, mine = tf.train.ClusterSpec(jobs), '/job:%s/task:%d' % (job, index)
+    self.device_filters = ['/job:ps', mine]
+    self.device = tf.train.replica_device_setter(
+        worker_device=mine, cluster=spec, ps_strategy=_by_size(len(jobs['ps'])))
+    self._server = self._start_server(spec, job, index)
+    self.target = self._server.target
+    self._hook = ReplicaHook(self.is_chief)
+    self._missing = {}  # Tasks that are not there, and since when.
+    self._seen, self._named = set(), set()
+    self._error = None
+    self._ended = False
+
+  def _start_server(self, spec, job, index):
+    try:
+      with socket.socket() as port:  # TensorFlow would not say which it is.
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        port.bind(('', int(self._addresses[self._task].rpartition(':')[2])))
+      return tf.train.Server(spec, job, index)
+    except (OSError, tf.errors.OpError) as error:
+      raise UserError('TF_CONFIG: %s cannot listen: %s.' % (
+          self._name(self._task), cifar10.what_went_wrong(error))) from error
+
+  def _name(self, task):
+    return '%s at %s' % (task, self._addresses[task])
+
+  def run(self, train):
+    self._signals, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup)
+    threading.Thread(target=self._watch, daemon=True).start()
+    if self._task in self._servers:
+      return self._serve()
+    code = train()
+    self._ended = True
+    if code == 0:
+      self._say_done()
+    return code
+
+  def wait(self):
+    while not all(self._is_there(server) for server in self._servers):
+      self.check()
+      time.sleep(0.2)
+    if self.is_chief:
+      return
+    uninitialized = tf.report_uninitialized_variables(tf.global_variables())
+    with self._session() as session:  # TensorFlow would look every 30 s.
+      while session.run(uninitialized).size:
+        self.check()
+        time.sleep(0.2)
+
+  def hooks(self):
+    return [self._hook]
+
+  def check(self):
+    if self._error:
+      raise self._error
+
+  def _session(self):
+    return tf.Session(self.target, config=tf.ConfigProto(
+        device_filters=self.device_filters))
+
+  def _is_there(self, task):
+    host, _, port = self._addresses[task].rpartition(':')
+    with contextlib.suppress(OSError):
+      socket.create_connection((host.strip('[]'), int(port)), 2).close()
+      return True
+    return False
+
+  # What a parameter server does, until all workers have told it that they are
+  # done. (TensorFlow's own `Server.join` never returns.)
+
+  def _serve(self):
+    say('%s serves variables.' % self._name(self._task))
+    done, deadline = set(), math.inf
+    with tf.Graph().as_default(), self._session() as session:
+      queue = self._done_queue(self._task)
+      arrivals = queue.dequeue_many(queue.size())
+      while len(done) < len(self._workers) and time.time() < deadline:
+        self.check()
+        done.update(session.run(arrivals))
+        if 0 in done:  # A worker that was killed will not come any more.
+          deadline = min(deadline, time.time() + 5)
+        time.sleep(0.1)
+    return 0
+
+  def _say_done(self):
+    for server in filter(self._is_there, self._servers):
+      with contextlib.suppress(tf.errors.OpError), tf.Graph().as_default(), \
+          self._session() as session:
+        session.run(self._done_queue(server).enqueue(self.worker),
+                    options=tf.RunOptions(timeout_in_ms=5000))
+
+  def _done_queue(self, server):
+    with tf.device('/job:%s/task:%s' % tuple(server.split())):
+      return tf.FIFOQueue(len(self._workers), tf.int32, [], shared_name='done')
+
+  # What the thread does.
+
+  def _watch(self):
+    code, deadline = 1, math.inf
+    while not self._ended:
+      if select.select([self._signals], [], [], 1)[0]:
+        code = 128 + os.read(self._signals, 1)[0]
+      if (self._error or code > 1) and deadline == math.inf:
+        deadline = time.time() + 15
+        self._hook.wake_all()  # The main thread may be waiting for others.
+      if time.time() > deadline:
+        cifar10.fail(code, self._error or 'stopped by a signal.')
+      self._look_around()
+      if self._hook.idle_secs() > 10 and self.is_chief and not self._missing:
+        self._hook.wake_all()  # A worker that was killed had the last token.
+
+  def _look_around(self):
+    needed = self._needed()
+    self._missing = {
+        task: self._missing.get(task, time.time()) for task in needed
+        if not self._is_there(task)}
+    self._seen.update(set(needed) - set(self._missing))
+    for task, since in self._missing.items():
+      secs = time.time() - since
+      if secs > 3 and task in self._seen.intersection(self._servers):
+        cifar10.fail(1, '%s is gone, and the variables with it: start all tasks '
+                     'again.' % self._name(task))
+      if secs > 3 and task not in self._named:
+        self._named.add(task)
+        say('Waiting for %s.' % self._name(task))
+      if secs > FLAGS.cluster_timeout_secs and not self._error:
+        self._error = UserError(
+            '%s did not come in --cluster_timeout_secs=%d.'
+            % (self._name(task), FLAGS.cluster_timeout_secs))
+    self._named.intersection_update(self._missing)
+
+  def _needed(self):
+    """Returns the tasks without which this one cannot go on."""
+    if self._task in self._servers:
+      return self._workers[:1]
+    if self._hook.idle_secs() < 3:
+      return self._servers
+    if not self.is_chief:
+      return self._servers + self._workers[:1]
+    return self._servers + self._workers[1:] * FLAGS.sync_replicas
+
+
+class ReplicaHook(tf.train.SessionRunHook):
+  """Lets replicas do their steps together, if they are synchronous.
+
+  A replica that has computed a gradient waits for a token, which is there when
+  enough gradients are, and tells it the step to compute the next one for.
+  Gradients for earlier steps are dropped; so a token too many does no harm.
+  """
+
+  def __init__(self, is_chief):
+    self._is_chief = is_chief
+    self._session = self._optimizer = None
+    self._last_time = time.time()
+
+  def idle_secs(self):
+    """Returns the time since the last step of this replica."""
+    return time.time() - self._last_time
+
+  def begin(self):
+    self._global_step = tf.train.get_global_step()
+    for self._optimizer in tf.get_collection(cifar10.SYNC_REPLICAS):
+      self._tokens = self._optimizer.get_init_tokens_op()
+      update, = self._optimizer.get_chief_queue_runner().enqueue_ops
+      with tf.control_dependencies([update]):
+        self._update = tf.identity(self._global_step.read_value())
+
+  def after_create_session(self, session, coord):
+    if self._session:  # TensorFlow would go on with a session of new variables.
+      raise UserError('a parameter server was lost, and the variables with it: '
+                      'start all tasks again.')
+    self._session = session
+    if session.run(self._global_step) >= FLAGS.max_steps:
+      coord.request_stop()  # All is done: another step would wait for ever.
+    if self._optimizer:
+      session.run(self._optimizer.chief_init_op if self._is_chief
+                  else self._optimizer.local_step_init_op)
+      if self._is_chief:
+        threading.Thread(target=self._update_repeatedly, daemon=True).start()
+
+  def _update_repeatedly(self):
+    # The optimizer's queue runner would close the queue of tokens at the end,
+    # which a chief that is started again could not open.
+    with contextlib.suppress(tf.errors.OpError, RuntimeError):
+      while self._session.run(self._update) < FLAGS.max_steps:
+        pass
+
+  def after_run(self, run_context, run_values):
+    self._last_time = time.time()
+
+  def end(self, session):
+    if self._is_chief:
+      self.wake_all()
+
+  def wake_all(self):
+    """Gives each replica a token, so that none waits for one."""
+    self._last_time = time.time()
+    if self._session and self._optimizer:
+      with contextlib.suppress(tf.errors.OpError, RuntimeError):
+        self._session.run(self._tokens)
+
+
+def _by_size(num_servers):
+  """Returns a function that places a variable on the emptiest server."""
+  bytes_on = [0] * num_servers
+
+  def place(operation):
+    server = bytes_on.index(min(bytes_on))
+    shape = tf.TensorShape(operation.get_attr('shape'))
+    bytes_on[server] += (shape.num_elements() or 1) * 4
+    return server
+
+  return place
 
 
 def main(argv=None):
