@@ -9,10 +9,12 @@ These verbs build a graph. To run it is the business of cifar10_train.py and its
 siblings, or of a script of your own.
 """
 import collections
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import sys
 
 import numpy as np
@@ -550,7 +552,7 @@ def _dataset_name():
 _JOBS = ('chief', 'master', 'worker', 'ps', 'evaluator')
 
 
-def cluster():
+def cluster_task():
   """Returns what TF_CONFIG says of a cluster and of this process's task in it.
 
   Returns:
@@ -564,30 +566,43 @@ def cluster():
   if not os.environ.get('TF_CONFIG'):
     return None
   try:
+    if not isinstance(json.loads(os.environ['TF_CONFIG']), dict):
+      raise ValueError('it is no object in JSON')
     resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
     jobs = resolver.cluster_spec().as_dict()
     job, index = resolver.task_type, resolver.task_id or 0
   except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UserError('TF_CONFIG cannot be read: %s.' % error) from error
+    raise UserError('TF_CONFIG cannot be read: %s' % error) from error
   jobs.pop('evaluator', None)  # It is beside the cluster.
   if not jobs:
     return None
+  unknown = sorted(set(jobs) - set(_JOBS))
   chiefs = sum(len(jobs.get(name, ())) for name in ('chief', 'master'))
   strange = [address for addresses in jobs.values() for address in addresses
-             if not re.fullmatch(r'[^\s/]+:\d{1,5}', address)]
+             if not re.fullmatch(r'[^\s/]+:\d+', address)
+             or int(address.rpartition(':')[2]) > 65535]
   for is_wrong, what in (
-      (set(jobs) - set(_JOBS), 'has the job %s in its cluster, not only %s' % (
-          ', '.join(sorted(set(jobs) - set(_JOBS))), ', '.join(_JOBS))),
-      (strange, 'has the address %s, not HOST:PORT' % strange[:1]),
+      (unknown, 'has a job in its cluster that is none of %s: %s' % (
+          ', '.join(_JOBS), ', '.join(unknown))),
+      (strange, 'has an address that is not HOST:PORT: %s' % ' '.join(strange)),
       (chiefs != 1, 'has %d tasks chief or master, not one' % chiefs),
       (not jobs.get('ps'), 'has no ps in its cluster'),
       (job not in (*jobs, 'evaluator'), 'has the task type %s, which is not in '
        'its cluster: %s' % (job, ', '.join(jobs))),
-      (not 0 <= index < len(jobs.get(job, 'e')), 'has the task index %d; %s has '
-       '0 to %d' % (index, job, len(jobs.get(job, 'e')) - 1))):
+      (not 0 <= index < len(jobs.get(job, 'e')), 'has the task index %d, but '
+       'its cluster only %d of %s' % (index, len(jobs.get(job, 'e')), job))):
     if is_wrong:
       raise UserError('TF_CONFIG %s.' % what)
   return jobs, job, index
+
+
+def is_listening(address):
+  """Returns whether a process accepts connections at an address, HOST:PORT."""
+  host, _, port = address.rpartition(':')
+  with contextlib.suppress(OSError):
+    socket.create_connection((host.strip('[]'), int(port)), timeout=2).close()
+    return True
+  return False
 
 
 # What a run was started with, in its train_dir.
@@ -611,12 +626,12 @@ def write_run(folder):
 
 
 def _modules():
-  """Returns what absl calls the modules of our flags, the script's own first."""
+  """Returns absl's names of the modules of our flags, the script's first."""
   return [module for module in reversed(FLAGS.flags_by_module_dict())
           if os.path.basename(module).startswith('cifar10')]
 
 
-def _read_run(folder):
+def read_run(folder):
   """Returns the flags of the run in a folder, none if they are not known."""
   try:
     with open(os.path.join(folder, _RUN_FILE)) as f:
@@ -628,7 +643,7 @@ def _read_run(folder):
 def check_run(folder):
   """Raises a UserError if the run in a folder is of another network or data."""
   _dataset_name()
-  for name, value in _read_run(folder).items():
+  for name, value in read_run(folder).items():
     if name in _SHAPING_FLAGS and value != FLAGS[name].value:
       raise UserError(
           '%s was trained with --%s=%s, not %s: say so again, or name another '
@@ -637,7 +652,7 @@ def check_run(folder):
 
 def adopt_run(folder):
   """Takes what the command line does not say from the run in a folder."""
-  for name, value in _read_run(folder).items():
+  for name, value in read_run(folder).items():
     if name in _ADOPTED_FLAGS and not FLAGS[name].present:
       FLAGS[name].value = value
 

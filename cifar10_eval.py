@@ -13,6 +13,7 @@ evaluation on the CPU.
 import csv
 from datetime import datetime
 import heapq
+import math
 import operator
 import os
 import sys
@@ -59,6 +60,9 @@ tf.flags.DEFINE_list(
 tf.flags.DEFINE_string(
     'export_dir', None, 'Write the network as a SavedModel to this new folder '
     'instead, with all that it does to pictures.')
+
+# How long the evaluator of a cluster waits for a chief that is not there.
+_CHIEF_TIMEOUT_SECS = 120
 
 NUM_MISTAKES = 10  # The surest ones, that TensorBoard shows.
 
@@ -130,6 +134,7 @@ def _summary_writer(graph):
 def _checkpoints():
   """Yields the latest checkpoint, then each that follows unless --run_once."""
   folder = FLAGS.checkpoint_dir
+  chief = _chief()
   listed, evaluated, since = None, None, time.time()
   if not FLAGS.run_once and not cifar10.checkpoints(folder):
     print('Waiting for a checkpoint in %s.' % folder, flush=True)
@@ -142,16 +147,37 @@ def _checkpoints():
         start = time.time()
         yield checkpoint
         evaluated = checkpoint
-        if FLAGS.run_once:
+        if FLAGS.run_once or chief and _is_last(checkpoint):
           break
         time.sleep(max(0, start + FLAGS.eval_interval_secs - time.time()))
         since = time.time()
     elif 0 < FLAGS.eval_timeout_secs < time.time() - since:
       break
+    elif (chief and time.time() - since > _CHIEF_TIMEOUT_SECS
+          and not cifar10.is_listening(chief)):
+      raise UserError('the chief at %s has ended.' % chief)
     else:
       time.sleep(1)
   if not evaluated:
     raise _no_checkpoint()
+
+
+def _chief():
+  """Returns the address of the chief of a cluster, or None without one."""
+  task = cifar10.cluster_task()
+  if task is None:
+    return None
+  jobs, job, index = task
+  if job != 'evaluator':
+    raise UserError('TF_CONFIG says that this is %s %d: cifar10_eval.py is for '
+                    'the evaluator.' % (job, index))
+  return (jobs.get('chief') or jobs['master'])[0]
+
+
+def _is_last(checkpoint):
+  """Returns whether a checkpoint is of the step that its run is to end with."""
+  max_steps = cifar10.read_run(FLAGS.checkpoint_dir).get('max_steps', math.inf)
+  return int(checkpoint.rpartition('-')[2]) >= max_steps
 
 
 def _no_checkpoint():

@@ -441,9 +441,9 @@ def fit(images, dataset):
   shape = tf.cast(tf.shape(images)[1:3], tf.float32)
   scale = tf.reduce_max(size / shape)
   fitted = tf.raw_ops.ScaleAndTranslate(
-      images=tf.cast(images, tf.float32), size=tf.cast(size, tf.int32), scale=[scale, scale],
-      translation=(size - scale * shape) / 2, kernel_type='triangle',
-      antialias=True)
+      images=tf.cast(images, tf.float32), size=tf.cast(size, tf.int32),
+      scale=[scale, scale], translation=(size - scale * shape) / 2,
+      kernel_type='triangle', antialias=True)
   return tf.transpose(tf.round(tf.clip_by_value(fitted, 0, 255)), [0, 3, 1, 2])
 
 

@@ -95,8 +95,8 @@ tf.flags.DEFINE_boolean(
     'sync_replicas', True, 'In a cluster: average the gradients of all workers '
     'in each step. Else each worker does steps of its own.')
 tf.flags.DEFINE_integer(
-    'backup_workers', 0, 'In a cluster: how many gradients a step does without, '
-    'the latest ones.', lower_bound=0)
+    'backup_workers', 0, 'In a cluster: gradients that a step does not wait '
+    'for.', lower_bound=0)
 tf.flags.DEFINE_integer(
     'cluster_timeout_secs', 600, 'In a cluster: how long to wait for a task '
     'that is not there.', lower_bound=1)
@@ -144,7 +144,8 @@ def run_training(build, examples):
       file of the data set has changed; the last checkpoint was not written;
       another task of a cluster is not there.
   """
-  place = OneMachine() if not cifar10.cluster() else Cluster(*cifar10.cluster())
+  task = cifar10.cluster_task()
+  place = Cluster(*task) if task else OneMachine()
   return place.run(lambda: _train(place, build, examples))
 
 
@@ -183,7 +184,7 @@ def _train(place, build, examples):
     stop = StopHook(check)
     place.wait()
     try:
-      with _session(place, saver, [stop, logger] + place.hooks()) as session:
+      with _session(place, saver, [stop, logger, *place.hooks]) as session:
         while not session.should_stop():
           session.run(train_op)
     except tf.errors.OpError as error:
@@ -339,6 +340,9 @@ class LoggerHook(tf.train.SessionRunHook):
           self._examples_per_step / secs, secs))
       self._line_step, self._line_time = self.step, time.time()
 
+  def end(self, session):
+    self.step = session.run(tf.train.get_global_step())
+
 
 class StopHook(tf.train.SessionRunHook):
   """Ends the session after the step in which something came up.
@@ -413,6 +417,7 @@ class OneMachine:
     target: str, what a session connects to.
     device: where operations go, for `tf.device`.
     device_filters: list of the devices that a session sees, all if empty.
+    hooks: list of hooks that a session must have.
   """
 
   worker = 0
@@ -420,6 +425,7 @@ class OneMachine:
   target = ''
   device = None
   device_filters = ()
+  hooks = ()
 
   @property
   def is_chief(self):
@@ -437,9 +443,6 @@ class OneMachine:
 
   def wait(self):
     """Waits until a session can begin."""
-
-  def hooks(self):
-    return []
 
   def check(self):
     """Raises a UserError if something outside of this process is amiss."""
@@ -459,6 +462,9 @@ class Cluster(OneMachine):
   """
 
   def __init__(self, jobs, job, index):
+    if job == 'evaluator':
+      raise UserError('TF_CONFIG says that this is the evaluator, which is '
+                      'cifar10_eval.py.')
     self._addresses = {'%s %d' % (name, i): address
                        for name, addresses in jobs.items()
                        for i, address in enumerate(addresses)}
@@ -479,9 +485,8 @@ class Cluster(OneMachine):
         worker_device=mine, cluster=spec, ps_strategy=_by_size(len(jobs['ps'])))
     self._server = self._start_server(spec, job, index)
     self.target = self._server.target
-    self._hook = ReplicaHook(self.is_chief)
+    self._hook, = self.hooks = [ReplicaHook(self.is_chief)]
     self._missing = {}  # Tasks that are not there, and since when.
-    self._seen, self._named = set(), set()
     self._error = None
     self._ended = False
 
@@ -523,9 +528,6 @@ class Cluster(OneMachine):
         self.check()
         time.sleep(0.2)
 
-  def hooks(self):
-    return [self._hook]
-
   def check(self):
     if self._error:
       raise self._error
@@ -535,11 +537,7 @@ class Cluster(OneMachine):
         device_filters=self.device_filters))
 
   def _is_there(self, task):
-    host, _, port = self._addresses[task].rpartition(':')
-    with contextlib.suppress(OSError):
-      socket.create_connection((host.strip('[]'), int(port)), 2).close()
-      return True
-    return False
+    return cifar10.is_listening(self._addresses[task])
 
   # What a parameter server does, until all workers have told it that they are
   # done. (TensorFlow's own `Server.join` never returns.)
@@ -587,23 +585,21 @@ class Cluster(OneMachine):
 
   def _look_around(self):
     needed = self._needed()
-    self._missing = {
-        task: self._missing.get(task, time.time()) for task in needed
-        if not self._is_there(task)}
-    self._seen.update(set(needed) - set(self._missing))
+    self._missing = {task: since for task, since in self._missing.items()
+                     if task in needed and not self._is_there(task)}
+    for task in needed:
+      if task not in self._missing and not self._is_there(task):
+        self._missing[task] = time.time()
+        say('Waiting for %s.' % self._name(task))
     for task, since in self._missing.items():
       secs = time.time() - since
-      if secs > 3 and task in self._seen.intersection(self._servers):
-        cifar10.fail(1, '%s is gone, and the variables with it: start all tasks '
-                     'again.' % self._name(task))
-      if secs > 3 and task not in self._named:
-        self._named.add(task)
-        say('Waiting for %s.' % self._name(task))
+      if task in self._servers and self._hook.session and secs > 3:
+        cifar10.fail(1, '%s is gone, and the variables with it: start all '
+                     'tasks again.' % self._name(task))
       if secs > FLAGS.cluster_timeout_secs and not self._error:
         self._error = UserError(
             '%s did not come in --cluster_timeout_secs=%d.'
             % (self._name(task), FLAGS.cluster_timeout_secs))
-    self._named.intersection_update(self._missing)
 
   def _needed(self):
     """Returns the tasks without which this one cannot go on."""
@@ -626,7 +622,7 @@ class ReplicaHook(tf.train.SessionRunHook):
 
   def __init__(self, is_chief):
     self._is_chief = is_chief
-    self._session = self._optimizer = None
+    self.session = self._optimizer = None
     self._last_time = time.time()
 
   def idle_secs(self):
@@ -642,10 +638,10 @@ class ReplicaHook(tf.train.SessionRunHook):
         self._update = tf.identity(self._global_step.read_value())
 
   def after_create_session(self, session, coord):
-    if self._session:  # TensorFlow would go on with a session of new variables.
+    if self.session:  # TensorFlow would go on with a session of new variables.
       raise UserError('a parameter server was lost, and the variables with it: '
                       'start all tasks again.')
-    self._session = session
+    self.session = session
     if session.run(self._global_step) >= FLAGS.max_steps:
       coord.request_stop()  # All is done: another step would wait for ever.
     if self._optimizer:
@@ -658,7 +654,7 @@ class ReplicaHook(tf.train.SessionRunHook):
     # The optimizer's queue runner would close the queue of tokens at the end,
     # which a chief that is started again could not open.
     with contextlib.suppress(tf.errors.OpError, RuntimeError):
-      while self._session.run(self._update) < FLAGS.max_steps:
+      while self.session.run(self._update) < FLAGS.max_steps:
         pass
 
   def after_run(self, run_context, run_values):
@@ -671,9 +667,9 @@ class ReplicaHook(tf.train.SessionRunHook):
   def wake_all(self):
     """Gives each replica a token, so that none waits for one."""
     self._last_time = time.time()
-    if self._session and self._optimizer:
+    if self.session and self._optimizer:
       with contextlib.suppress(tf.errors.OpError, RuntimeError):
-        self._session.run(self._tokens)
+        self.session.run(self._tokens)
 
 
 def _by_size(num_servers):

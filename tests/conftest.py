@@ -96,7 +96,8 @@ def tiny():
 def two_labels():
   """One whose records have two label bytes, as those of CIFAR-100."""
   return _dataset(
-      label_bytes=2, label_byte=1, classes=tuple('class %d' % i for i in range(100)))
+      label_bytes=2, label_byte=1,
+      classes=tuple('class %d' % i for i in range(100)))
 
 
 @pytest.fixture(scope='session')
@@ -177,16 +178,18 @@ def start_script(tmp_path_factory):
   """Function that starts a script and returns the `subprocess.Popen`.
 
   What the script prints goes to the files `stdout_path` and `stderr_path`.
+  Keywords are variables of its environment.
   """
   processes = []
 
-  def start_script(script, *flags):
+  def start_script(script, *flags, **environment):
     folder = tmp_path_factory.mktemp('console')
     stdout_path, stderr_path = folder / 'stdout', folder / 'stderr'
     with open(stdout_path, 'w') as stdout, open(stderr_path, 'w') as stderr:
       process = subprocess.Popen(
-          _command(script, flags), env=_environment(), cwd=str(folder),
-          stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+          _command(script, flags), env={**_environment(), **environment},
+          cwd=str(folder), stdin=subprocess.DEVNULL, stdout=stdout,
+          stderr=stderr)
     process.stdout_path, process.stderr_path = stdout_path, stderr_path
     processes.append(process)
     return process

@@ -283,7 +283,7 @@ def test_speed_is_the_mean_over_the_steps_since_the_last_line(
   initial = tf.group(global_step.initializer)
   with tf.control_dependencies([initial]):
     initial = tf.assign(global_step, start)
-  hook = cifar10_train.LoggerHook(tf.constant(1.5), 16)
+  hook = cifar10_train.LoggerHook(tf.constant(1.5), step, 16)
   with tf.train.MonitoredSession(
       tf.train.ChiefSessionCreator(tf.train.Scaffold(init_op=initial)),
       [hook]) as session:
