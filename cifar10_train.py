@@ -197,6 +197,12 @@ def _train(place, build, examples):
 
 def _session(place, saver, hooks):
   """Starts a session, which restores the checkpoint that `checkpoint` names."""
+  config = tf.ConfigProto(
+      allow_soft_placement=True, device_filters=place.device_filters,
+      log_device_placement=FLAGS.log_device_placement)
+  if place.target:  # To fuse bfloat16 operations fails in a cluster.
+    rewriting = config.graph_options.rewrite_options
+    rewriting.remapping = rewriting.OFF
   return tf.train.MonitoredTrainingSession(
       place.target, place.is_chief, FLAGS.train_dir,
       scaffold=tf.train.Scaffold(saver=saver),
@@ -204,9 +210,7 @@ def _session(place, saver, hooks):
       save_summaries_steps=FLAGS.save_summary_steps,
       log_step_count_steps=FLAGS.save_summary_steps,
       hooks=[tf.train.StopAtStepHook(last_step=FLAGS.max_steps)] + hooks,
-      config=tf.ConfigProto(
-          allow_soft_placement=True, device_filters=place.device_filters,
-          log_device_placement=FLAGS.log_device_placement))
+      config=config)
 
 
 def _checkpoint_to_continue():

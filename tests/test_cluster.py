@@ -301,7 +301,8 @@ def test_cluster_outlives_its_chief_but_not_its_parameter_server(
 
 
 def test_workers_need_not_wait_for_each_other(tasks, tmp_path):
-  cluster = tasks(1, '--max_steps=40', '--nosync_replicas')
+  cluster = tasks(
+      1, '--max_steps=40', '--nosync_replicas', '--use_bfloat16')
   cluster.start('ps')
   cluster.start('chief')
   cluster.reach(39)
