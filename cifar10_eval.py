@@ -149,7 +149,9 @@ def _checkpoints():
         evaluated = checkpoint
         if FLAGS.run_once or chief and _is_last(checkpoint):
           break
-        time.sleep(max(0, start + FLAGS.eval_interval_secs - time.time()))
+        while time.time() < start + FLAGS.eval_interval_secs and not (
+            chief and any(map(_is_last, cifar10.checkpoints(folder)[-1:]))):
+          time.sleep(min(1, FLAGS.eval_interval_secs))
         since = time.time()
     elif 0 < FLAGS.eval_timeout_secs < time.time() - since:
       break

@@ -7,6 +7,7 @@ The second command needs no download; each data set needs its own --train_dir.
 
 A run that ended, whatever ended it, continues from its last checkpoint in
 --train_dir when it is started again. Ctrl-C, SIGTERM and SIGHUP save one first.
+TF_CONFIG makes the process a task of a TensorFlow cluster, see README.md.
 While it trains, cifar10_eval.py tells how well the network does, and
 `tensorboard --logdir=/tmp/cifar10_train` shows what goes on inside.
 """
