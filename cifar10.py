@@ -410,7 +410,9 @@ def apply_gradients(optimizer, gradients, global_step, losses, replicas=ALONE):
     update_op = optimizer.apply_gradients(gradients, global_step)
   else:
     apply_gradient_op = optimizer.apply_gradients(gradients, global_step)
-    with tf.control_dependencies([apply_gradient_op]):
+    # In a cluster, the averages need not travel to a worker and back.
+    with tf.control_dependencies([apply_gradient_op]), \
+        tf.device(global_step.device):
       update_op = variable_averages.apply(tf.trainable_variables())
   # The losses of single batches jump: their averages are for looking at. The
   # original's checkpoints have them under this name.

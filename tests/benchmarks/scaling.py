@@ -186,14 +186,16 @@ def slow_network(mbits):
     subprocess.run(command.split(), check=True)
 
   limit = 'root tbf rate %dmbit burst 512kb limit 32mb' % mbits
-  names = ['scaling%d' % i for i in range(4)]
+  # The system takes its time to give a name back.
+  bridge = 'scaling%d' % mbits
+  names = ['%s-%d' % (bridge, i) for i in range(4)]
   try:
-    run('ip link add scaling type bridge')
-    run('ip link set scaling up')
+    run('ip link add %s type bridge' % bridge)
+    run('ip link set %s up' % bridge)
     for i, name in enumerate(names):
       run('ip netns add ' + name)
       run('ip link add %s type veth peer name eth0 netns %s' % (name, name))
-      run('ip link set %s master scaling up' % name)
+      run('ip link set %s master %s up' % (name, bridge))
       run('ip -n %s addr add 10.77.0.%d/24 dev eth0' % (name, i + 1))
       run('ip -n %s link set eth0 up' % name)
       run('ip -n %s link set lo up' % name)
@@ -204,7 +206,7 @@ def slow_network(mbits):
   finally:
     for name in names:
       subprocess.run(['ip', 'netns', 'del', name], check=False)
-    subprocess.run(['ip', 'link', 'del', 'scaling'], check=False)
+    subprocess.run(['ip', 'link', 'del', bridge], check=False)
 
 
 # What it comes to.

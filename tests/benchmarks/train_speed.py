@@ -89,10 +89,10 @@ def write_records(data_dir):
   random = np.random.default_rng(1)
   folder = os.path.join(data_dir, 'cifar-10-batches-bin')
   os.makedirs(folder)
-  for i in range(1, 6):
+  for name in ['data_batch_%d' % i for i in range(1, 6)] + ['test_batch']:
     records = random.integers(0, 256, [10000, 3073], np.uint8)
     records[:, 0] %= 10
-    records.tofile(os.path.join(folder, 'data_batch_%d.bin' % i))
+    records.tofile(os.path.join(folder, name + '.bin'))
 
 
 # The process that measures one variant.
