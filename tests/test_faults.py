@@ -560,7 +560,7 @@ def test_files_are_created_under_the_umask(train, tmp_path):
 
 
 @pytest.mark.parametrize('folder', [
-    'two words', 'h\u00e4user \u4f60\u597d', "it's 100% {x} $HOME"])
+    'h\u00e4user \u4f60\u597d', "it's 100% {x} $HOME"])
 def test_folders_may_have_any_name(
     use_tiny, tiny_dir, call_script, set_flags, tmp_path, folder):
   shutil.copytree(tiny_dir, tmp_path / folder / 'data')
