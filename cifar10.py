@@ -44,6 +44,16 @@ LEARNING_RATE_DECAY_FACTOR = 0.1  # What it is multiplied with then.
 MOMENTUM = 0.0
 WEIGHT_DECAY = 0.004              # Of the layers after the convolutions.
 MOVING_AVERAGE_DECAY = 0.9999     # Of the variables, for evaluation.
+EASE_DISTORTIONS = 0.0            # Last part of a run, over which they go.
+
+# Other recipes, by what they change; README.md has what they reach.
+RECIPES = {
+    'original': {},
+    'fast': {
+        'max_steps': 19000, 'learning_rate': 0.05,
+        'learning_rate_schedule': 'linear', 'momentum': 0.9,
+        'moving_average_decay': 0.999, 'ease_distortions': 0.33},
+}
 
 # What the names of the operations of each tower of a multi-GPU run start with.
 TOWER_NAME = 'tower'
@@ -78,21 +88,32 @@ def distorted_inputs(dataset=CIFAR10, batch_size=None):
       min_fraction_of_examples_in_queue=flag(
           'min_fraction_of_examples_in_queue',
           cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE),
-      deterministic=flag('deterministic', False))
+      deterministic=flag('deterministic', False),
+      strength=_distortion_strength())
   _image_summary('images', images)
   return images, labels
 
 
-def inputs(eval_data, dataset=CIFAR10):
+def _distortion_strength():
+  """Returns what `cifar10_input.ease` does with this step's distortions."""
+  end = flag('ease_distortions', EASE_DISTORTIONS)
+  if not end:
+    return None
+  return tf.minimum(
+      1.0, (1 - _part_done(tf.train.get_or_create_global_step())) / end)
+
+
+def inputs(eval_data, dataset=CIFAR10, multiview=False):
   """Builds the input of evaluation, from --data_dir; see `cifar10_input`.
 
   Returns:
-    images: float32 [--batch_size or fewer, IMAGE_SIZE, IMAGE_SIZE, 3].
+    images: float32 [--batch_size or fewer, IMAGE_SIZE, IMAGE_SIZE, 3], with
+      `multiview` for each view such a batch.
     labels: int32 [--batch_size or fewer].
   """
   images, labels = cifar10_input.inputs(
       eval_data, os.path.join(FLAGS.data_dir, dataset.folder),
-      FLAGS.batch_size, dataset)
+      FLAGS.batch_size, dataset, multiview)
   _image_summary('images', images)
   return images, labels
 
@@ -374,14 +395,20 @@ def make_optimizer(global_step, examples_per_step, dataset=CIFAR10):
         initial_rate, global_step, decay_steps, LEARNING_RATE_DECAY_FACTOR,
         staircase=True)
   else:  # To zero at the last step.
-    done = tf.minimum(1.0, tf.cast(global_step, tf.float32) / FLAGS.max_steps)
+    done = _part_done(global_step)
     learning_rate = initial_rate * (
         1 - done if schedule == 'linear' else (1 + tf.cos(np.pi * done)) / 2)
   _scalar_summary('learning_rate', learning_rate)
   momentum = flag('momentum', MOMENTUM)
   if momentum:
-    return tf.train.MomentumOptimizer(learning_rate, momentum)
+    return tf.train.MomentumOptimizer(
+        learning_rate, momentum, use_nesterov=True)
   return tf.train.GradientDescentOptimizer(learning_rate)
+
+
+def _part_done(global_step):
+  """Returns how much of --max_steps is done, a float32 from 0 to 1."""
+  return tf.minimum(1.0, tf.cast(global_step, tf.float32) / FLAGS.max_steps)
 
 
 def apply_gradients(optimizer, gradients, global_step, losses, replicas=ALONE):
@@ -654,8 +681,18 @@ def check_run(folder):
 
 def adopt_run(folder):
   """Takes what the command line does not say from the run in a folder."""
-  for name, value in read_run(folder).items():
-    if name in _ADOPTED_FLAGS and not FLAGS[name].present:
+  _adopt({name: value for name, value in read_run(folder).items()
+          if name in _ADOPTED_FLAGS})
+
+
+def adopt_recipe():
+  """Takes what the command line does not say from --recipe."""
+  _adopt(RECIPES[FLAGS.recipe])
+
+
+def _adopt(values):
+  for name, value in values.items():
+    if not FLAGS[name].present:
       FLAGS[name].value = value
 
 

@@ -51,6 +51,9 @@ tf.flags.DEFINE_boolean(
 tf.flags.DEFINE_boolean(
     'use_moving_average', True, 'Evaluate the moving averages of the '
     'variables, not the variables themselves.')
+tf.flags.DEFINE_boolean(
+    'multiview', False, 'Average the probabilities over ten views of each '
+    'picture: five crops, and their mirror images.')
 tf.flags.DEFINE_string(
     'predictions_csv', None, 'A file for the key, label and prediction of each '
     'example and the probability of each class.')
@@ -102,9 +105,22 @@ def _dataset():
 def _build(dataset):
   """Returns images, labels, probabilities and summaries of a batch."""
   with tf.device('/cpu:0'):
-    images, labels = cifar10.inputs(FLAGS.eval_data == 'test', dataset)
-  logits = cifar10.inference(images, len(dataset.classes))
-  return images, labels, tf.nn.softmax(logits), tf.summary.merge_all()
+    images, labels = cifar10.inputs(
+        FLAGS.eval_data == 'test', dataset, FLAGS.multiview)
+  probabilities = _probabilities(images, dataset)
+  return (images[:tf.shape(labels)[0]], labels, probabilities,
+          tf.summary.merge_all())
+
+
+def _probabilities(images, dataset):
+  """Returns what the network says of images from `cifar10_input.views`."""
+  probabilities = tf.nn.softmax(
+      cifar10.inference(images, len(dataset.classes)))
+  if not FLAGS.multiview:
+    return probabilities
+  return tf.reduce_mean(
+      tf.reshape(probabilities, [
+          cifar10_input.NUM_VIEWS, -1, len(dataset.classes)]), axis=0)
 
 
 def _variables():
@@ -325,8 +341,9 @@ def predict(paths):
   exit_code = 0
   with tf.Graph().as_default(), tf.Session() as session:
     contents = tf.placeholder(tf.string, [])
-    probabilities = _probabilities(
-        cifar10_input.decode(contents, dataset), dataset)
+    probabilities = _probabilities(cifar10_input.views(
+        cifar10_input.decode(contents, dataset), dataset, FLAGS.multiview),
+                                   dataset)
     _restore(session, checkpoint)
     for path in paths:
       try:
@@ -382,16 +399,10 @@ def _run():
   return checkpoint, _dataset()
 
 
-def _probabilities(planes, dataset):
-  """Returns what the network says of pictures as records have them."""
-  images = cifar10_input.distort(planes, cifar10_input.no_distortions(
-      tf.shape(planes)[0], dataset))
-  return tf.nn.softmax(cifar10.inference(images, len(dataset.classes)))
-
-
 def _signature(input_, planes, dataset):
   planes.set_shape([None, dataset.depth, dataset.height, dataset.width])
-  probabilities = _probabilities(planes, dataset)
+  probabilities = _probabilities(
+      cifar10_input.views(planes, dataset, FLAGS.multiview), dataset)
   return tf.saved_model.predict_signature_def(
       {input_.op.name: input_},
       {'probabilities': probabilities,

@@ -70,6 +70,9 @@ tf.disable_eager_execution()
 # in training, the central one in evaluation.
 IMAGE_SIZE = 24
 
+# Or ten squares, see `views`.
+NUM_VIEWS = 10
+
 # At least this part of an epoch is in the shuffle queue after each batch, so
 # that neighbours in a file do not end up in one batch.
 MIN_FRACTION_OF_EXAMPLES_IN_QUEUE = 0.4
@@ -717,6 +720,34 @@ def no_distortions(batch_size, dataset=CIFAR10):
       False, 0.0, 1.0)))
 
 
+def ease(drawn, strength, dataset=CIFAR10):
+  """Brings `Distortions` nearer to those of evaluation.
+
+  Touvron et al. 2019, "Fixing the train-test resolution discrepancy": a network
+  does better on the crops that it was trained on last.
+
+  Args:
+    drawn: the batch's `Distortions`.
+    strength: scalar float32, 1 to leave them as they are, 0 for the central
+      crop as it is. Half of the images are mirrored all the same.
+    dataset: the `Dataset`.
+
+  Returns:
+    `Distortions`.
+  """
+  none = no_distortions(tf.shape(drawn.flip)[0], dataset)
+
+  def nearer(name):
+    target = getattr(none, name)
+    change = strength * tf.cast(getattr(drawn, name) - target, tf.float32)
+    if target.dtype.is_integer:
+      change = tf.round(change)
+    return target + tf.cast(change, target.dtype)
+
+  return drawn._replace(**{
+      name: nearer(name) for name in ('top', 'left', 'brightness', 'contrast')})
+
+
 def distort(planes, distortions):
   """Crops, flips, recolours and standardizes a batch of images.
 
@@ -767,13 +798,41 @@ def _crop_and_flip(planes, distortions):
   return tf.reshape(selected, [-1, depth, IMAGE_SIZE, IMAGE_SIZE])
 
 
+def views(planes, dataset=CIFAR10, multiview=False):
+  """Makes of pictures what evaluation shows the network.
+
+  Krizhevsky et al. 2012, section 4.1, average over five crops and their mirror
+  images. Theirs are in the corners; half-way to them this network does better.
+
+  Args:
+    planes: [batch, depth, height, width], 0 to 255, of any type.
+    dataset: the `Dataset`.
+    multiview: whether to make ten views of each picture, not the central crop.
+
+  Returns:
+    float32 [batch, IMAGE_SIZE, IMAGE_SIZE, depth], or [10 * batch, ...], a
+    batch for each view; the first is that of the central crops.
+  """
+  central = no_distortions(tf.shape(planes)[0], dataset)
+  if not multiview:
+    return distort(planes, central)
+  down, right = ((size - IMAGE_SIZE) // 4
+                 for size in (dataset.height, dataset.width))
+  return tf.concat([
+      distort(planes, central._replace(
+          top=central.top + y * down, left=central.left + x * right,
+          flip=tf.fill(tf.shape(central.flip), flip)))
+      for y, x in [(0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]
+      for flip in (False, True)], axis=0)
+
+
 # The two inputs of the network.
 
 
 def distorted_inputs(
     data_dir, batch_size, dataset=CIFAR10, num_threads=None,
     min_fraction_of_examples_in_queue=MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
-    deterministic=False):
+    deterministic=False, strength=None):
   """Builds the input of training: batches drawn at random, without end.
 
   Args:
@@ -786,7 +845,9 @@ def distorted_inputs(
       queue when it is drawn from.
     deterministic: whether a graph with a seed gives the same batches each time.
       They are drawn from a full queue then, however fast it is filled, and
-      distorted in one thread.
+      distorted by the step that uses them.
+    strength: scalar float32 for `ease`, read when a batch is distorted; None
+      leaves the distortions as they are drawn.
 
   Returns:
     images: float32 [batch_size, IMAGE_SIZE, IMAGE_SIZE, 3].
@@ -809,21 +870,30 @@ def distorted_inputs(
     _fill(queue, tf.train.string_input_producer(
         paths, name='file_names'), dataset)
     planes, labels = parse_records(queue.dequeue_many(batch_size), dataset)
-    images = distort(planes, draw_distortions(batch_size, dataset))
-    batches = tf.FIFOQueue(
-        _BATCHES_AHEAD, [images.dtype, labels.dtype],
-        [images.shape, labels.shape], name='batches')
-    tf.train.add_queue_runner(tf.train.QueueRunner(
-        batches, [batches.enqueue([images, labels])]
-        * (1 if deterministic else num_threads or max(1, os.cpu_count() // 4))))
-    images, labels = batches.dequeue()
+    distortions = draw_distortions(batch_size, dataset)
+    if strength is not None:
+      distortions = ease(distortions, strength, dataset)
+    images = distort(planes, distortions)
+    if not deterministic:
+      images, labels = _run_ahead(
+          images, labels, num_threads or max(1, os.cpu_count() // 4))
   print('Filling queue with %d %s images before starting to train. '
         'This will take a few seconds.' % (min_queue_examples, dataset.title),
         flush=True)
   return images, labels
 
 
-def inputs(eval_data, data_dir, batch_size, dataset=CIFAR10):
+def _run_ahead(images, labels, num_threads):
+  """Adds threads to the session that have batches ready for the network."""
+  batches = tf.FIFOQueue(
+      _BATCHES_AHEAD, [images.dtype, labels.dtype],
+      [images.shape, labels.shape], name='batches')
+  tf.train.add_queue_runner(tf.train.QueueRunner(
+      batches, [batches.enqueue([images, labels])] * num_threads))
+  return batches.dequeue()
+
+
+def inputs(eval_data, data_dir, batch_size, dataset=CIFAR10, multiview=False):
   """Builds the input of evaluation: each example once, in the files' order.
 
   Args:
@@ -831,9 +901,11 @@ def inputs(eval_data, data_dir, batch_size, dataset=CIFAR10):
     data_dir: folder with the data set's files.
     batch_size: images a batch; the last batch holds what is left.
     dataset: the `Dataset`.
+    multiview: whether to return all `views` of each example.
 
   Returns:
-    images: float32 [batch_size or fewer, IMAGE_SIZE, IMAGE_SIZE, 3].
+    images: float32 [batch_size or fewer, IMAGE_SIZE, IMAGE_SIZE, 3], for each
+      view such a batch.
     labels: int32 [batch_size or fewer].
     Both raise `tf.errors.OutOfRangeError` after the last example.
 
@@ -847,7 +919,7 @@ def inputs(eval_data, data_dir, batch_size, dataset=CIFAR10):
         4 * max(batch_size, _RECORDS_PER_READ), [tf.string], [[]], name='queue')
     _fill(queue, _queue_once(paths), dataset)
     planes, labels = parse_records(queue.dequeue_up_to(batch_size), dataset)
-    images = distort(planes, no_distortions(tf.shape(planes)[0], dataset))
+    images = views(planes, dataset, multiview)
   return images, labels
 
 

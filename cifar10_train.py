@@ -37,6 +37,10 @@ cifar10.refuse_patterns('train_dir')
 tf.flags.DEFINE_boolean(
     'overwrite', False, 'Start anew: remove the checkpoints and event files of '
     'an earlier run in --train_dir.')
+tf.flags.DEFINE_enum(
+    'recipe', 'original', list(cifar10.RECIPES), 'Sets --max_steps and the '
+    'flags below, unless they are said: to the original\'s values, or to better '
+    'ones.', module_name=cifar10.RECIPE)
 tf.flags.DEFINE_float(
     'learning_rate', cifar10.INITIAL_LEARNING_RATE, 'At the first step.',
     lower_bound=0.0, module_name=cifar10.RECIPE)
@@ -46,8 +50,8 @@ tf.flags.DEFINE_enum(
     'How it falls: tenfold every 350 epochs, or to zero at --max_steps.',
     module_name=cifar10.RECIPE)
 tf.flags.DEFINE_float(
-    'momentum', cifar10.MOMENTUM, 'Of the gradients.', lower_bound=0.0,
-    upper_bound=1.0, module_name=cifar10.RECIPE)
+    'momentum', cifar10.MOMENTUM, "Nesterov's, of the gradients.",
+    lower_bound=0.0, upper_bound=1.0, module_name=cifar10.RECIPE)
 tf.flags.DEFINE_float(
     'weight_decay', cifar10.WEIGHT_DECAY,
     'Factor of the L2 losses of local3 and local4.', lower_bound=0.0,
@@ -56,6 +60,11 @@ tf.flags.DEFINE_float(
     'moving_average_decay', cifar10.MOVING_AVERAGE_DECAY,
     'Of the averages of the variables, which are evaluated.', lower_bound=0.0,
     upper_bound=1.0, module_name=cifar10.RECIPE)
+tf.flags.DEFINE_float(
+    'ease_distortions', cifar10.EASE_DISTORTIONS, 'The last part of the run, '
+    'from 0 to 1, over which images are distorted less and less, until they '
+    'are as evaluation has them.', lower_bound=0.0, upper_bound=1.0,
+    module_name=cifar10.RECIPE)
 tf.flags.DEFINE_float(
     'min_fraction_of_examples_in_queue',
     cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE, 'How much of an epoch is '
@@ -145,6 +154,7 @@ def run_training(build, examples):
       file of the data set has changed; the last checkpoint was not written;
       another task of a cluster is not there.
   """
+  cifar10.adopt_recipe()
   task = cifar10.cluster_task()
   place = Cluster(*task) if task else OneMachine()
   return place.run(lambda: _train(place, build, examples))

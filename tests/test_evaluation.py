@@ -3,6 +3,7 @@
 The checkpoints are made by hand: networks that answer always the same, and ones
 whose answers a graph of this file's own foretells.
 """
+import csv
 import os
 import re
 import signal
@@ -110,41 +111,63 @@ def test_moving_averages_stand_in_for_the_variables(
           for i, (name, count) in enumerate(zip(tiny.classes, counts))}}
 
 
-def _foretell(data_dir, dataset, values):
-  """Returns a network's logits for the evaluation data."""
+CENTRE = [(4, 4, 1)]
+TEN_VIEWS = [(top, left, step) for step in (1, -1) for top, left in (
+    (4, 4), (2, 2), (2, 6), (6, 2), (6, 6))]
+
+
+def _foretell(data_dir, dataset, values, views):
+  """Returns a network's logits for the evaluation data, [views, n, classes].
+
+  A view is the corner of the crop, and -1 to mirror it.
+  """
   records = np.concatenate([
       np.fromfile(data_dir / dataset.folder / name, np.uint8)
       for name in dataset.eval_files]).reshape(-1, dataset.record_bytes)
   pictures = np.moveaxis(records[:, 1:].reshape(-1, 3, 32, 32), 1, 3)
+  crops = np.concatenate([
+      pictures[:, top:top + 24, left:left + 24][:, :, ::step]
+      for top, left, step in views])
   images = tf.map_fn(
-      tf.image.per_image_standardization,
-      tf.constant(pictures[:, 4:28, 4:28].astype(np.float32)))
+      tf.image.per_image_standardization, tf.constant(crops, tf.float32))
   with tf.variable_scope('foretold'):
     logits = cifar10.inference(images)
   with tf.Session() as session:
     for variable in tf.trainable_variables():
       variable.load(values[variable.op.name.split('/', 1)[1]], session)
-    return session.run(logits)
+    return session.run(logits).reshape(len(views), len(pictures), -1)
 
 
-@pytest.mark.parametrize('batch_size', [7, 32, 100])
+@pytest.mark.parametrize('batch_size, flags, views', [
+    (7, [], CENTRE), (32, [], CENTRE), (100, [], CENTRE),
+    (32, ['--multiview'], TEN_VIEWS)])
 def test_each_answer_is_held_against_the_label_of_its_image(
-    evaluate, initial_values, tmp_path, tiny, tiny_dir, set_flags, batch_size):
+    evaluate, initial_values, tmp_path, tiny, tiny_dir, set_flags, batch_size,
+    flags, views):
   set_flags(batch_size=batch_size)
   random = np.random.default_rng(0)
   values = {**initial_values, 'softmax_linear/weights': random.standard_normal(
       (192, 10)).astype(np.float32)}
-  logits = _foretell(tiny_dir, tiny, values)
-  values['softmax_linear/biases'] = -logits.mean(axis=0)
-  answers = np.argmax(logits - logits.mean(axis=0), axis=1)
+  logits = _foretell(tiny_dir, tiny, values, views)
+  mean = logits.mean(axis=(0, 1))
+  values['softmax_linear/biases'] = -mean
+  probabilities = np.exp(logits - mean)
+  probabilities /= probabilities.sum(axis=2, keepdims=True)
+  answers = probabilities.mean(axis=0).argmax(axis=1)
   labels = _labels(tiny_dir, tiny, tiny.eval_files)
   assert len(set(answers)) > 5
   _save(tmp_path / 'run', 1, values)
-  outcome = _outcome(evaluate('--run_once').stdout)
+  path = tmp_path / 'predictions.csv'
+  outcome = _outcome(evaluate(
+      '--run_once', '--predictions_csv=%s' % path, *flags).stdout)
   assert outcome['correct'] == (answers == labels).sum()
   assert {name: row[1:] for name, row in outcome['classes'].items()} == {
       name: ((answers[labels == i] == i).sum(), (labels == i).sum())
       for i, name in enumerate(tiny.classes)}
+  with open(path) as f:
+    written = [[float(row[name]) for name in tiny.classes]
+               for row in csv.DictReader(f)]
+  np.testing.assert_allclose(written, probabilities.mean(axis=0), atol=1e-4)
 
 
 @pytest.mark.parametrize('eval_data, num_examples, total', [

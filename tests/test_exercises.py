@@ -110,7 +110,7 @@ def test_learning_rate_follows_its_schedule(set_flags, schedule, rates):
   np.testing.assert_allclose(found, rates, atol=1e-6)
 
 
-def test_momentum_accumulates_gradients(set_flags):
+def test_momentum_is_that_of_nesterov(set_flags):
   set_flags(learning_rate=0.1, momentum=0.9)
   variable = tf.get_variable('v', initializer=1.0)
   step = tf.train.get_or_create_global_step()
@@ -119,7 +119,9 @@ def test_momentum_accumulates_gradients(set_flags):
     session.run(tf.global_variables_initializer())
     session.run(update)
     session.run(update)
-    assert session.run(variable) == pytest.approx(1 - 0.2 - 0.1 * 3.8)
+    # Velocities of 2 and 3.8, and a look ahead from each.
+    assert session.run(variable) == pytest.approx(
+        1 - 0.1 * (2 + 0.9 * 2) - 0.1 * (2 + 0.9 * 3.8))
 
 
 @pytest.mark.parametrize('weight_decay', [0.0, 0.1])
@@ -135,6 +137,39 @@ def test_weight_decay_is_that_of_the_flag(set_flags, weight_decay):
       losses, [weight_decay * (v ** 2).sum() / 2 for v in values], rtol=1e-4)
 
 
+@pytest.mark.parametrize('step, strength', [
+    (0, 1.0), (75, 1.0), (90, 0.4), (100, 0.0), (101, 0.0)])
+def test_distortions_ease_off_over_the_last_part_of_a_run(
+    set_flags, step, strength):
+  set_flags(ease_distortions=0.25, max_steps=100)
+  global_step = tf.train.get_or_create_global_step()
+  found = cifar10._distortion_strength()
+  with tf.Session() as session:
+    global_step.load(step, session)
+    assert session.run(found) == pytest.approx(strength)
+
+
+def test_recipe_sets_what_the_command_line_does_not_say(
+    use_tiny, call_script, tmp_path):
+  recipe = cifar10.RECIPES['fast']
+  run = call_script(
+      cifar10_train.main, '--train_dir=%s' % tmp_path, '--recipe=fast',
+      '--max_steps=2', '--learning_rate=0.01')
+  assert run.code == 0, run.stderr
+  flags = json.loads((tmp_path / 'run.json').read_text())['flags']
+  assert flags['max_steps'] == 2 and flags['learning_rate'] == 0.01
+  assert recipe['momentum'] == flags['momentum'] == 0.9
+  assert {name: flags[name] for name in recipe} == {
+      **recipe, 'max_steps': 2, 'learning_rate': 0.01}
+  assert any(name.endswith('/Momentum') for name, _ in tf.train.list_variables(
+      str(tmp_path / 'model.ckpt-2')))
+
+
+def test_original_recipe_is_what_no_flag_says():
+  assert cifar10.RECIPES['original'] == {}
+  assert FLAGS.recipe == 'original'
+
+
 def test_run_writes_its_flags_and_versions(run_dir):
   run = json.loads((run_dir / 'run.json').read_text())
   assert run['flags']['learning_rate'] == 0.01
@@ -147,7 +182,7 @@ def test_seeded_deterministic_runs_end_with_the_same_bytes(
   runs = [start_script(
       'cifar10_train', '--dataset=synthetic', '--data_dir=%s' % synthetic_dir,
       '--train_dir=%s' % (tmp_path / name), '--max_steps=30', '--batch_size=16',
-      '--seed=%d' % seed, '--deterministic')
+      '--seed=%d' % seed, '--deterministic', '--recipe=fast')
           for name, seed in (('one', 5), ('two', 5), ('other', 6))]
   assert [finish(run).code for run in runs] == [0, 0, 0]
   one, two, other = [

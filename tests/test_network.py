@@ -7,7 +7,9 @@ against TensorFlow's elementary operations and against numpy.
 import numpy as np
 import pytest
 
+from benchmarks import plain
 import cifar10
+import cifar10_train
 from cifar10_input import CIFAR10, SYNTHETIC, tf
 
 SHAPES = {
@@ -321,6 +323,40 @@ def test_a_step_is_plain_gradient_descent():
     np.testing.assert_allclose(
         change, -0.1 * gradient, atol=1e-4 * abs(change).max())
     assert abs(change).max() > 0
+
+
+def _one_step(build, values):
+  """Returns what one step makes of variables: all of them, and averages."""
+  with tf.Graph().as_default(), tf.Session() as session:
+    step = build()
+    session.run(tf.global_variables_initializer())
+    for variable in tf.global_variables():
+      name = variable.op.name.replace('/ExponentialMovingAverage', '')
+      if name in values:
+        variable.load(values[name], session)
+    session.run(step)
+    return session.run({
+        v.op.name: v for v in tf.global_variables()
+        if v.op.name.startswith(tuple(SHAPES)) or v.op.name == 'global_step'})
+
+
+def test_a_step_by_default_is_that_of_the_plain_formulation(monkeypatch):
+  batch = _batch(128)
+  monkeypatch.setattr(
+      cifar10, 'distorted_inputs', lambda dataset: list(map(tf.constant, batch)))
+  with _Step(global_step=0) as training:
+    before = _values(training.session)
+  ours = _one_step(lambda: cifar10_train.build_step(
+      CIFAR10, tf.train.get_or_create_global_step())[0], before)
+  plain_ = _one_step(lambda: plain.build_step(
+      None, batch=list(map(tf.constant, batch)))[0], before)
+  assert set(ours) == set(plain_) and len(ours) == 2 * len(SHAPES) + 1
+  for name in SHAPES:
+    update, expected = ours[name] - before[name], plain_[name] - before[name]
+    assert abs(expected).max() > 1e-4
+    np.testing.assert_allclose(update, expected, atol=1e-5)
+  for name, value in ours.items():
+    np.testing.assert_allclose(value, plain_[name], atol=1e-5)
 
 
 @pytest.mark.parametrize('global_step, decay', [
