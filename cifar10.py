@@ -36,7 +36,7 @@ tf.flags.DEFINE_boolean(
     'losses stay in float32.')
 
 # The recipe of training, the original's. Flags of the same names change it.
-RECIPE = 'cifar10, the recipe'    # Their heading in --help.
+RECIPE_HEADING = 'cifar10, the recipe'  # Of these flags, in --help.
 INITIAL_LEARNING_RATE = 0.1
 LEARNING_RATE_SCHEDULE = 'staircase'
 NUM_EPOCHS_PER_DECAY = 350.0      # Epochs until the learning rate falls.
@@ -44,9 +44,11 @@ LEARNING_RATE_DECAY_FACTOR = 0.1  # What it is multiplied with then.
 MOMENTUM = 0.0
 WEIGHT_DECAY = 0.004              # Of the layers after the convolutions.
 MOVING_AVERAGE_DECAY = 0.9999     # Of the variables, for evaluation.
-EASE_DISTORTIONS = 0.0            # Last part of a run, over which they go.
+DROPOUT = 0.0                     # Of what these layers read.
+EASE_DISTORTIONS = 0.0            # Part of a run, at its end, over which
+                                  # distortions fade.
 
-# Other recipes, by what they change; README.md has what they reach.
+# The recipes that --recipe knows, by what they change in it.
 RECIPES = {
     'original': {},
     'fast': {
@@ -95,25 +97,30 @@ def distorted_inputs(dataset=CIFAR10, batch_size=None):
 
 
 def _distortion_strength():
-  """Returns what `cifar10_input.ease` does with this step's distortions."""
-  end = flag('ease_distortions', EASE_DISTORTIONS)
-  if not end:
+  """Returns the strength for `cifar10_input.ease`, or None to do without.
+
+  It falls with the global step, which --max_steps says the last of.
+  """
+  part = flag('ease_distortions', EASE_DISTORTIONS)
+  if not part:
     return None
-  return tf.minimum(
-      1.0, (1 - _part_done(tf.train.get_or_create_global_step())) / end)
+  done = _part_done(tf.train.get_or_create_global_step())
+  strength = tf.minimum(1.0, (1 - done) / part)
+  _scalar_summary('distortion_strength', strength)
+  return strength
 
 
-def inputs(eval_data, dataset=CIFAR10, multiview=False):
+def inputs(eval_data, dataset=CIFAR10, kinds=cifar10_input.CENTRAL_VIEW):
   """Builds the input of evaluation, from --data_dir; see `cifar10_input`.
 
   Returns:
-    images: float32 [--batch_size or fewer, IMAGE_SIZE, IMAGE_SIZE, 3], with
-      `multiview` for each view such a batch.
+    images: float32 [n, IMAGE_SIZE, IMAGE_SIZE, 3], with n = --batch_size or
+      fewer for each view.
     labels: int32 [--batch_size or fewer].
   """
   images, labels = cifar10_input.inputs(
       eval_data, os.path.join(FLAGS.data_dir, dataset.folder),
-      FLAGS.batch_size, dataset, multiview)
+      FLAGS.batch_size, dataset, kinds)
   _image_summary('images', images)
   return images, labels
 
@@ -127,12 +134,14 @@ def check_files(dataset, files):
 # The network.
 
 
-def inference(images, num_classes=NUM_CLASSES):
+def inference(images, num_classes=NUM_CLASSES, dropout=0.0):
   """Builds the network.
 
   Args:
     images: float32 [batch, IMAGE_SIZE, IMAGE_SIZE, 3].
     num_classes: how many classes to tell apart.
+    dropout: for training, the part of what local3 and local4 read that is left
+      out by chance (Srivastava et al. 2014); the rest is scaled up to make up.
 
   Returns:
     Logits, float32 [batch, num_classes]; `tf.nn.softmax` makes them
@@ -146,13 +155,11 @@ def inference(images, num_classes=NUM_CLASSES):
   norm2 = local_response_normalization(conv2, name='norm2')
   pool2 = _max_pooling('pool2', norm2)
   if flag('model', 'default') == 'local':  # As cuda-convnet has it.
-    local3 = _locally_connected('local3', pool2, 32, stddev=0.04, decay=decay)
-    local4 = _locally_connected('local4', local3, 32, stddev=0.04, decay=decay)
-    stddev = 0.01
+    local, units, stddev = _locally_connected, (32, 32), 0.01
   else:
-    local3 = _fully_connected('local3', pool2, 384, stddev=0.04, decay=decay)
-    local4 = _fully_connected('local4', local3, 192, stddev=0.04, decay=decay)
-    stddev = 1 / 192.0
+    local, units, stddev = _fully_connected, (384, 192), 1 / 192.0
+  local3 = local('local3', _dropout(pool2, dropout), units[0], 0.04, decay)
+  local4 = local('local4', _dropout(local3, dropout), units[1], 0.04, decay)
   logits = _fully_connected('softmax_linear', local4, num_classes, stddev,
                             bias=0.0, activation=tf.identity)
   return tf.cast(logits, tf.float32)
@@ -251,6 +258,10 @@ def local_response_normalization(
 
   with tf.name_scope(name or 'local_response_normalization'):
     return normalize(images)
+
+
+def _dropout(values, rate):
+  return tf.nn.dropout(values, rate=rate) if rate else values
 
 
 def _locally_connected(name, images, channels, stddev, decay):
@@ -670,29 +681,32 @@ def read_run(folder):
 
 
 def check_run(folder):
-  """Raises a UserError if the run in a folder is of another network or data."""
+  """Raises a UserError if the run in a folder is not what the flags say."""
   _dataset_name()
   for name, value in read_run(folder).items():
-    if name in _SHAPING_FLAGS and value != FLAGS[name].value:
+    if (name in _SHAPING_FLAGS + ('recipe',)
+        and value != FLAGS[name].value):
       raise UserError(
           '%s was trained with --%s=%s, not %s: say so again, or name another '
           '--train_dir.' % (folder, name, value, FLAGS[name].value))
 
 
 def adopt_run(folder):
-  """Takes what the command line does not say from the run in a folder."""
+  """Takes what is not said otherwise from the run in a folder."""
   _adopt({name: value for name, value in read_run(folder).items()
           if name in _ADOPTED_FLAGS})
 
 
 def adopt_recipe():
-  """Takes what the command line does not say from --recipe."""
-  _adopt(RECIPES[FLAGS.recipe])
+  """Takes what is not said otherwise from --recipe."""
+  original = {name: FLAGS[name].default
+              for recipe in RECIPES.values() for name in recipe}
+  _adopt({**original, **RECIPES[FLAGS.recipe]})
 
 
 def _adopt(values):
   for name, value in values.items():
-    if not FLAGS[name].present:
+    if FLAGS[name].using_default_value:
       FLAGS[name].value = value
 
 

@@ -70,9 +70,6 @@ tf.disable_eager_execution()
 # in training, the central one in evaluation.
 IMAGE_SIZE = 24
 
-# Or ten squares, see `views`.
-NUM_VIEWS = 10
-
 # At least this part of an epoch is in the shuffle queue after each batch, so
 # that neighbours in a file do not end up in one batch.
 MIN_FRACTION_OF_EXAMPLES_IN_QUEUE = 0.4
@@ -798,7 +795,14 @@ def _crop_and_flip(planes, distortions):
   return tf.reshape(selected, [-1, depth, IMAGE_SIZE, IMAGE_SIZE])
 
 
-def views(planes, dataset=CIFAR10, multiview=False):
+# How a view differs from the central crop: down, right, whether mirrored.
+CENTRAL_VIEW = ((0, 0, False),)
+TEN_VIEWS = tuple(
+    (down, right, flip) for flip in (False, True)
+    for down, right in [(0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)])
+
+
+def views(planes, kinds, dataset=CIFAR10):
   """Makes of pictures what evaluation shows the network.
 
   Krizhevsky et al. 2012, section 4.1, average over five crops and their mirror
@@ -806,24 +810,20 @@ def views(planes, dataset=CIFAR10, multiview=False):
 
   Args:
     planes: [batch, depth, height, width], 0 to 255, of any type.
+    kinds: the views to make, `CENTRAL_VIEW` or `TEN_VIEWS`.
     dataset: the `Dataset`.
-    multiview: whether to make ten views of each picture, not the central crop.
 
   Returns:
-    float32 [batch, IMAGE_SIZE, IMAGE_SIZE, depth], or [10 * batch, ...], a
-    batch for each view; the first is that of the central crops.
+    float32 [len(kinds) * batch, IMAGE_SIZE, IMAGE_SIZE, depth], view by view.
   """
   central = no_distortions(tf.shape(planes)[0], dataset)
-  if not multiview:
-    return distort(planes, central)
   down, right = ((size - IMAGE_SIZE) // 4
                  for size in (dataset.height, dataset.width))
   return tf.concat([
       distort(planes, central._replace(
           top=central.top + y * down, left=central.left + x * right,
           flip=tf.fill(tf.shape(central.flip), flip)))
-      for y, x in [(0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]
-      for flip in (False, True)], axis=0)
+      for y, x, flip in kinds], axis=0)
 
 
 # The two inputs of the network.
@@ -893,7 +893,8 @@ def _run_ahead(images, labels, num_threads):
   return batches.dequeue()
 
 
-def inputs(eval_data, data_dir, batch_size, dataset=CIFAR10, multiview=False):
+def inputs(eval_data, data_dir, batch_size, dataset=CIFAR10,
+           kinds=CENTRAL_VIEW):
   """Builds the input of evaluation: each example once, in the files' order.
 
   Args:
@@ -901,11 +902,11 @@ def inputs(eval_data, data_dir, batch_size, dataset=CIFAR10, multiview=False):
     data_dir: folder with the data set's files.
     batch_size: images a batch; the last batch holds what is left.
     dataset: the `Dataset`.
-    multiview: whether to return all `views` of each example.
+    kinds: the `views` to make of each example.
 
   Returns:
-    images: float32 [batch_size or fewer, IMAGE_SIZE, IMAGE_SIZE, 3], for each
-      view such a batch.
+    images: float32 [n, IMAGE_SIZE, IMAGE_SIZE, 3], as `views` returns them,
+      with n = batch_size or fewer for each view.
     labels: int32 [batch_size or fewer].
     Both raise `tf.errors.OutOfRangeError` after the last example.
 
@@ -919,7 +920,7 @@ def inputs(eval_data, data_dir, batch_size, dataset=CIFAR10, multiview=False):
         4 * max(batch_size, _RECORDS_PER_READ), [tf.string], [[]], name='queue')
     _fill(queue, _queue_once(paths), dataset)
     planes, labels = parse_records(queue.dequeue_up_to(batch_size), dataset)
-    images = views(planes, dataset, multiview)
+    images = views(planes, kinds, dataset)
   return images, labels
 
 

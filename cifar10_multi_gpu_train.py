@@ -23,6 +23,7 @@ tf.flags.DEFINE_integer(
 
 def train():
   """Trains on --num_gpus towers. Returns the exit code."""
+  cifar10.adopt_recipe()
   return cifar10_train.run_training(
       build_step, FLAGS.batch_size * FLAGS.num_gpus)
 
@@ -79,7 +80,7 @@ def tower_loss(scope, images, labels, num_classes=cifar10.NUM_CLASSES):
   Returns:
     Scalar float32: the total loss over the tower's batch.
   """
-  logits = cifar10.inference(images, num_classes)
+  logits = cifar10.inference(images, num_classes, FLAGS.dropout)
   return cifar10.loss(logits, labels, scope)
 
 

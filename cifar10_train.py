@@ -38,33 +38,37 @@ tf.flags.DEFINE_boolean(
     'overwrite', False, 'Start anew: remove the checkpoints and event files of '
     'an earlier run in --train_dir.')
 tf.flags.DEFINE_enum(
-    'recipe', 'original', list(cifar10.RECIPES), 'Sets --max_steps and the '
-    'flags below, unless they are said: to the original\'s values, or to better '
-    'ones.', module_name=cifar10.RECIPE)
+    'recipe', 'original', list(cifar10.RECIPES), 'Sets those of the other '
+    'flags here, of --batch_size and of --max_steps that are not said.',
+    module_name=cifar10.RECIPE_HEADING)
 tf.flags.DEFINE_float(
     'learning_rate', cifar10.INITIAL_LEARNING_RATE, 'At the first step.',
-    lower_bound=0.0, module_name=cifar10.RECIPE)
+    lower_bound=0.0, module_name=cifar10.RECIPE_HEADING)
 tf.flags.DEFINE_enum(
     'learning_rate_schedule', cifar10.LEARNING_RATE_SCHEDULE,
     ['staircase', 'linear', 'cosine'],
     'How it falls: tenfold every 350 epochs, or to zero at --max_steps.',
-    module_name=cifar10.RECIPE)
+    module_name=cifar10.RECIPE_HEADING)
 tf.flags.DEFINE_float(
     'momentum', cifar10.MOMENTUM, "Nesterov's, of the gradients.",
-    lower_bound=0.0, upper_bound=1.0, module_name=cifar10.RECIPE)
+    lower_bound=0.0, upper_bound=1.0, module_name=cifar10.RECIPE_HEADING)
 tf.flags.DEFINE_float(
     'weight_decay', cifar10.WEIGHT_DECAY,
     'Factor of the L2 losses of local3 and local4.', lower_bound=0.0,
-    module_name=cifar10.RECIPE)
+    module_name=cifar10.RECIPE_HEADING)
 tf.flags.DEFINE_float(
     'moving_average_decay', cifar10.MOVING_AVERAGE_DECAY,
     'Of the averages of the variables, which are evaluated.', lower_bound=0.0,
-    upper_bound=1.0, module_name=cifar10.RECIPE)
+    upper_bound=1.0, module_name=cifar10.RECIPE_HEADING)
 tf.flags.DEFINE_float(
-    'ease_distortions', cifar10.EASE_DISTORTIONS, 'The last part of the run, '
-    'from 0 to 1, over which images are distorted less and less, until they '
-    'are as evaluation has them.', lower_bound=0.0, upper_bound=1.0,
-    module_name=cifar10.RECIPE)
+    'dropout', cifar10.DROPOUT, 'Part of what local3 and local4 read that is '
+    'left out by chance.', lower_bound=0.0, upper_bound=0.99,
+    module_name=cifar10.RECIPE_HEADING)
+tf.flags.DEFINE_float(
+    'ease_distortions', cifar10.EASE_DISTORTIONS, 'The part of the run, at '
+    'its end, over which images are distorted less and less, until only '
+    'mirroring is left.', lower_bound=0.0, upper_bound=1.0,
+    module_name=cifar10.RECIPE_HEADING)
 tf.flags.DEFINE_float(
     'min_fraction_of_examples_in_queue',
     cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE, 'How much of an epoch is '
@@ -100,7 +104,8 @@ tf.flags.register_multi_flags_validator(
     '--deterministic needs a --seed')
 tf.flags.DEFINE_integer(
     'num_preprocess_threads', None, 'Threads that distort images; by default '
-    'one for every four processors.', lower_bound=1, upper_bound=256)
+    'one for every four processors, and none with --deterministic.',
+    lower_bound=1, upper_bound=256)
 tf.flags.DEFINE_boolean(
     'sync_replicas', True, 'In a cluster: average the gradients of all workers '
     'in each step. Else each worker does steps of its own.')
@@ -116,6 +121,7 @@ tf.flags.DEFINE_boolean(
 
 def train():
   """Trains on one device. Returns the exit code."""
+  cifar10.adopt_recipe()
   return run_training(build_step, FLAGS.batch_size)
 
 
@@ -133,7 +139,7 @@ def build_step(dataset, global_step, replicas=cifar10.ALONE):
   # The input belongs on the CPU, so that a GPU is left to the network.
   with tf.device('/cpu:0'):
     images, labels = cifar10.distorted_inputs(dataset)
-  logits = cifar10.inference(images, len(dataset.classes))
+  logits = cifar10.inference(images, len(dataset.classes), FLAGS.dropout)
   loss = cifar10.loss(logits, labels)
   return cifar10.train(loss, global_step, dataset, replicas), loss
 
@@ -154,7 +160,6 @@ def run_training(build, examples):
       file of the data set has changed; the last checkpoint was not written;
       another task of a cluster is not there.
   """
-  cifar10.adopt_recipe()
   task = cifar10.cluster_task()
   place = Cluster(*task) if task else OneMachine()
   return place.run(lambda: _train(place, build, examples))

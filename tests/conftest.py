@@ -50,7 +50,7 @@ def fresh_start():
     tf.set_random_seed(1)
     yield
   for name, value in values.items():
-    FLAGS[name].value, FLAGS[name].present = value, 0
+    FLAGS[name].value, FLAGS[name].using_default_value = value, True
   for signum, handler in handlers.items():
     signal.signal(signum, handler)
   faulthandler.cancel_dump_traceback_later()

@@ -82,7 +82,7 @@ def test_run_of_the_local_model_is_known_to_be_one(
       *flags)
   assert run.code == 0
   FLAGS.model = 'default'
-  FLAGS['model'].present = 0
+  FLAGS['model'].using_default_value = True
   run = _evaluate(call_script, train_dir, tmp_path)
   assert 'correct at step 2\n' in run.stdout
   FLAGS.model = 'default'
@@ -470,7 +470,7 @@ def test_own_pictures_are_trained_on_and_evaluated(
       '--train_dir=%s' % (tmp_path / 'run'))
   assert (run.code, run.stderr) == (0, '')
   for name in ('dataset', 'data_dir'):
-    FLAGS[name].present = 0
+    FLAGS[name].using_default_value = True
   run = _evaluate(call_script, tmp_path / 'run', tmp_path)
   assert '/10 correct at step 3\n' in run.stdout
   assert '  light ' in run.stdout

@@ -342,14 +342,14 @@ def _one_step(build, values):
 
 def test_a_step_by_default_is_that_of_the_plain_formulation(monkeypatch):
   batch = _batch(128)
-  monkeypatch.setattr(
-      cifar10, 'distorted_inputs', lambda dataset: list(map(tf.constant, batch)))
+  constant_batch = lambda *_: list(map(tf.constant, batch))
+  monkeypatch.setattr(cifar10, 'distorted_inputs', constant_batch)
   with _Step(global_step=0) as training:
     before = _values(training.session)
   ours = _one_step(lambda: cifar10_train.build_step(
       CIFAR10, tf.train.get_or_create_global_step())[0], before)
   plain_ = _one_step(lambda: plain.build_step(
-      None, batch=list(map(tf.constant, batch)))[0], before)
+      None, batch=constant_batch())[0], before)
   assert set(ours) == set(plain_) and len(ours) == 2 * len(SHAPES) + 1
   for name in SHAPES:
     update, expected = ours[name] - before[name], plain_[name] - before[name]
