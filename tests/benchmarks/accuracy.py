@@ -1,0 +1,206 @@
+"""How precise a recipe is, after how long, over several seeds.
+
+    python tests/benchmarks/accuracy.py --data_dir=/tmp/cifar10_data --seeds=3 \
+        --name=fast -- --recipe=fast --use_bfloat16
+
+What follows -- are flags of cifar10_train.py. Each seed is trained and its
+checkpoints are evaluated; before and after, the plain formulation is timed. The
+row with that --name is written to results/accuracy.json; then all rows so far
+are printed, and drawn as precision against time, accuracy.png. Interrupted, it
+goes on where it was when it is started again: what is finished in --work_dir is
+not trained anew.
+
+The time of a run is its number of steps times the median ms a step, from the
+speeds in its event files, which cover input and summaries. plain_curve.json
+is a run of the plain formulation that was made before there was this benchmark.
+"""
+import argparse
+import glob
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+
+import train_speed
+
+SCRIPTS = os.path.dirname(os.path.dirname(train_speed.HERE))
+RESULTS = os.path.join(train_speed.HERE, 'results')
+PATH = os.path.join(RESULTS, 'accuracy.json')
+POINTS = 12  # Checkpoints of the first seed that are evaluated for its curve.
+PLAIN_STEPS = 100000
+PLAIN_ROUNDS = 3
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--data_dir', required=True)
+  parser.add_argument('--work_dir', default='/tmp/cifar10_accuracy')
+  parser.add_argument('--name', required=True, help='of the row')
+  parser.add_argument('--seeds', type=int, default=3)
+  parser.add_argument('flags', nargs='*', help='of cifar10_train.py')
+  args = parser.parse_args()
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+  row = read(PATH).get(args.name, {'flags': args.flags, 'runs': {}})
+  if row['flags'] != args.flags:
+    sys.exit('%s in %s was measured with other flags, %s: give this a --name '
+             'of its own.' % (args.name, PATH, ' '.join(row['flags'])))
+  write(args.name, row)
+  for seed in map(str, range(1, args.seeds + 1)):
+    if seed not in row['runs']:
+      row['runs'][seed] = measure(args, seed)
+      write(args.name, row)
+  rows = read(PATH)
+  print_table(rows)
+  draw(rows, os.path.join(RESULTS, 'accuracy.png'))
+
+
+def read(path):
+  if not os.path.exists(path):
+    return {}
+  with open(path) as f:
+    return json.load(f)
+
+
+def write(name, row):
+  """Writes one row, beside what others have written meanwhile."""
+  precisions = [run['precision'] for run in row['runs'].values()]
+  row['mean'] = statistics.mean(precisions) if precisions else None
+  row['std'] = statistics.stdev(precisions) if precisions[1:] else None
+  with open(PATH + '.new', 'w') as f:
+    json.dump({**read(PATH), name: row}, f, indent=1)
+  os.replace(PATH + '.new', PATH)
+
+
+# One run.
+
+
+def measure(args, seed):
+  """Trains with one seed, and returns what there is to know of it."""
+  train_dir = os.path.join(
+      args.work_dir, re.sub(r'\W+', '_', args.name) + '_' + seed)
+  plain = time_plain(args)
+  call('cifar10_train.py', '--train_dir=' + train_dir, '--seed=' + seed,
+       '--data_dir=' + args.data_dir, '--max_to_keep=0', '--log_frequency=1000',
+       '--save_checkpoint_secs=120', *args.flags)
+  plain_ms = train_speed.median(plain + time_plain(args), 'ms')
+  ms = step_ms(train_dir)
+  steps = sorted(int(re.search(r'-(\d+)\.index', path)[1])
+                 for path in glob.glob(train_dir + '/model.ckpt-*.index'))
+  last = steps[-1]
+  points = [last]
+  if seed == '1':
+    points += steps[-2:0:-max(1, round(len(steps) / POINTS))]
+  batch_size = read(os.path.join(train_dir, 'run.json'))['flags']['batch_size']
+  curve = [(step, evaluate(args, train_dir, step)) for step in points]
+  return {
+      'precision': curve[0][1],
+      'ten_views': evaluate(args, train_dir, last, '--multiview'),
+      'ms': ms,
+      'seconds': last * ms / 1e3,
+      'plain_ms': plain_ms,
+      'ratio': last * ms / (PLAIN_STEPS * plain_ms),
+      'steps': last,
+      'examples': last * batch_size,
+      'curve': curve[::-1],
+      'machine': train_speed.machine(),
+  }
+
+
+def time_plain(args):
+  return [train_speed.run_worker(
+      suite='plain', dtype='float32', input_=True, data_dir=args.data_dir)
+          for _ in range(PLAIN_ROUNDS)]
+
+
+def step_ms(train_dir):
+  """Returns the median of how long steps took."""
+  from cifar10_input import tf
+  return statistics.median(
+      1e3 / value.simple_value
+      for path in glob.glob(train_dir + '/events.out.tfevents.*')
+      for event in tf.train.summary_iterator(path)
+      for value in event.summary.value if value.tag == 'global_step/sec')
+
+
+def evaluate(args, train_dir, step, *flags):
+  """Returns precision @ 1 of the checkpoint of a step."""
+  with tempfile.TemporaryDirectory() as folder:
+    for path in glob.glob('%s/model.ckpt-%d.*' % (train_dir, step)):
+      shutil.copy(path, folder)
+    shutil.copy(os.path.join(train_dir, 'run.json'), folder)
+    output = call('cifar10_eval.py', '--run_once', '--checkpoint_dir=' + folder,
+                  '--eval_dir=' + folder, '--data_dir=' + args.data_dir, *flags)
+  correct, total = re.search(r'(\d+)/(\d+) correct', output).groups()
+  return int(correct) / int(total)
+
+
+def call(script, *flags):
+  """Runs a script, and returns what it printed. It ends when we do."""
+  process = subprocess.Popen(
+      [sys.executable, os.path.join(SCRIPTS, script), *flags],
+      stdout=subprocess.PIPE, universal_newlines=True)
+  output = ''
+  try:
+    for line in process.stdout:
+      output += line
+      if ': step ' in line:
+        print(line, end='', flush=True)
+  except BaseException:
+    process.terminate()  # Training saves a checkpoint then.
+    process.wait()
+    raise
+  if process.wait():
+    sys.exit('%s ended with exit code %d.' % (script, process.returncode))
+  return output
+
+
+# All rows.
+
+
+def print_table(rows):
+  print('\n%-32s %5s %7s %7s %9s %8s %8s %6s' % (
+      '', 'seeds', 'mean', '+-', '10 views', 'steps', 'minutes', 'ratio'))
+  for name, row in rows.items():
+    runs = list(row['runs'].values())
+    if runs:
+      print('%-32s %5d %7.4f %7s %9.4f %8d %8.1f %6.3f' % (
+          name, len(runs), row['mean'],
+          '%.4f' % row['std'] if row['std'] is not None else '',
+          statistics.mean(run['ten_views'] for run in runs), runs[0]['steps'],
+          train_speed.median(runs, 'seconds') / 60,
+          train_speed.median(runs, 'ratio')))
+
+
+def draw(rows, path):
+  import matplotlib
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+  firsts = {name: row['runs']['1'] for name, row in rows.items()
+            if '1' in row['runs']}
+  plain = read(os.path.join(RESULTS, 'plain_curve.json'))
+  plain['ms'] = train_speed.median(firsts.values(), 'plain_ms')
+  figure, axes = plt.subplots(figsize=(8, 4))
+  for name, run in {'plain': plain, **firsts}.items():
+    steps, precisions = zip(*run['curve'])
+    axes.plot([step * run['ms'] / 6e4 for step in steps], precisions,
+              marker='o', markersize=3, label=name)
+  ticks = [2, 5, 10, 20, 50, 100, 200]
+  axes.set_xscale('log')
+  axes.set_xticks(ticks, ticks)
+  axes.set_ylim(bottom=0.7)
+  axes.set_xlabel('minutes of training')
+  axes.set_ylabel('precision @ 1, one view')
+  axes.legend(frameon=False, loc='lower right')
+  axes.grid(alpha=0.3)
+  axes.spines[['top', 'right']].set_visible(False)
+  figure.tight_layout()
+  figure.savefig(path, dpi=110)
+
+
+if __name__ == '__main__':
+  main()
