@@ -44,7 +44,6 @@ LEARNING_RATE_DECAY_FACTOR = 0.1  # What it is multiplied with then.
 MOMENTUM = 0.0
 WEIGHT_DECAY = 0.004              # Of the layers after the convolutions.
 MOVING_AVERAGE_DECAY = 0.9999     # Of the variables, for evaluation.
-DROPOUT = 0.0                     # Of what these layers read.
 EASE_DISTORTIONS = 0.0            # Part of a run, at its end, over which
                                   # distortions fade.
 
@@ -134,14 +133,12 @@ def check_files(dataset, files):
 # The network.
 
 
-def inference(images, num_classes=NUM_CLASSES, dropout=0.0):
+def inference(images, num_classes=NUM_CLASSES):
   """Builds the network.
 
   Args:
     images: float32 [batch, IMAGE_SIZE, IMAGE_SIZE, 3].
     num_classes: how many classes to tell apart.
-    dropout: for training, the part of what local3 and local4 read that is left
-      out by chance (Srivastava et al. 2014); the rest is scaled up to make up.
 
   Returns:
     Logits, float32 [batch, num_classes]; `tf.nn.softmax` makes them
@@ -155,11 +152,13 @@ def inference(images, num_classes=NUM_CLASSES, dropout=0.0):
   norm2 = local_response_normalization(conv2, name='norm2')
   pool2 = _max_pooling('pool2', norm2)
   if flag('model', 'default') == 'local':  # As cuda-convnet has it.
-    local, units, stddev = _locally_connected, (32, 32), 0.01
+    local3 = _locally_connected('local3', pool2, 32, stddev=0.04, decay=decay)
+    local4 = _locally_connected('local4', local3, 32, stddev=0.04, decay=decay)
+    stddev = 0.01
   else:
-    local, units, stddev = _fully_connected, (384, 192), 1 / 192.0
-  local3 = local('local3', _dropout(pool2, dropout), units[0], 0.04, decay)
-  local4 = local('local4', _dropout(local3, dropout), units[1], 0.04, decay)
+    local3 = _fully_connected('local3', pool2, 384, stddev=0.04, decay=decay)
+    local4 = _fully_connected('local4', local3, 192, stddev=0.04, decay=decay)
+    stddev = 1 / 192.0
   logits = _fully_connected('softmax_linear', local4, num_classes, stddev,
                             bias=0.0, activation=tf.identity)
   return tf.cast(logits, tf.float32)
@@ -258,10 +257,6 @@ def local_response_normalization(
 
   with tf.name_scope(name or 'local_response_normalization'):
     return normalize(images)
-
-
-def _dropout(values, rate):
-  return tf.nn.dropout(values, rate=rate) if rate else values
 
 
 def _locally_connected(name, images, channels, stddev, decay):

@@ -80,7 +80,7 @@ def tower_loss(scope, images, labels, num_classes=cifar10.NUM_CLASSES):
   Returns:
     Scalar float32: the total loss over the tower's batch.
   """
-  logits = cifar10.inference(images, num_classes, FLAGS.dropout)
+  logits = cifar10.inference(images, num_classes)
   return cifar10.loss(logits, labels, scope)
 
 

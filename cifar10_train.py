@@ -61,10 +61,6 @@ tf.flags.DEFINE_float(
     'Of the averages of the variables, which are evaluated.', lower_bound=0.0,
     upper_bound=1.0, module_name=cifar10.RECIPE_HEADING)
 tf.flags.DEFINE_float(
-    'dropout', cifar10.DROPOUT, 'Part of what local3 and local4 read that is '
-    'left out by chance.', lower_bound=0.0, upper_bound=0.99,
-    module_name=cifar10.RECIPE_HEADING)
-tf.flags.DEFINE_float(
     'ease_distortions', cifar10.EASE_DISTORTIONS, 'The part of the run, at '
     'its end, over which images are distorted less and less, until only '
     'mirroring is left.', lower_bound=0.0, upper_bound=1.0,
@@ -139,7 +135,7 @@ def build_step(dataset, global_step, replicas=cifar10.ALONE):
   # The input belongs on the CPU, so that a GPU is left to the network.
   with tf.device('/cpu:0'):
     images, labels = cifar10.distorted_inputs(dataset)
-  logits = cifar10.inference(images, len(dataset.classes), FLAGS.dropout)
+  logits = cifar10.inference(images, len(dataset.classes))
   loss = cifar10.loss(logits, labels)
   return cifar10.train(loss, global_step, dataset, replicas), loss
 

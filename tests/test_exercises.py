@@ -165,9 +165,24 @@ def test_recipe_sets_what_the_command_line_does_not_say(
       str(tmp_path / 'model.ckpt-2')))
 
 
-def test_original_recipe_is_what_no_flag_says():
-  assert cifar10.RECIPES['original'] == {}
-  assert FLAGS.recipe == 'original'
+def test_what_a_program_sets_itself_goes_before_the_recipe():
+  FLAGS.recipe = 'fast'
+  FLAGS.momentum = 0.5
+  cifar10.adopt_recipe()
+  assert FLAGS.momentum == 0.5
+  assert FLAGS.learning_rate == cifar10.RECIPES['fast']['learning_rate']
+  FLAGS.recipe = 'original'
+  cifar10.adopt_recipe()
+  assert FLAGS.learning_rate == cifar10.INITIAL_LEARNING_RATE
+  assert FLAGS.max_steps == 100000
+
+
+def test_run_of_another_recipe_is_not_continued(run_dir, call_script):
+  run = call_script(
+      cifar10_train.main, '--train_dir=%s' % run_dir, '--recipe=fast')
+  assert run.code == 1
+  assert run.stderr.count('\n') == 1
+  assert 'trained with --recipe=original, not fast' in run.stderr
 
 
 def test_run_writes_its_flags_and_versions(run_dir):
