@@ -10,6 +10,7 @@ siblings, or of a script of your own.
 """
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -78,8 +79,8 @@ def distorted_inputs(dataset=CIFAR10, batch_size=None):
   """Builds the input of training, from --data_dir; see `cifar10_input`.
 
   Returns:
-    images: float32 [batch_size, IMAGE_SIZE, IMAGE_SIZE, 3]; the size of a batch
-      is --batch_size if nothing else is said.
+    images: float32 [batch_size, size, size, 3], where size is
+      `dataset.image_size`; a batch is of --batch_size if nothing else is said.
     labels: int32 [batch_size].
   """
   images, labels = cifar10_input.distorted_inputs(
@@ -113,8 +114,8 @@ def inputs(eval_data, dataset=CIFAR10, kinds=cifar10_input.CENTRAL_VIEW):
   """Builds the input of evaluation, from --data_dir; see `cifar10_input`.
 
   Returns:
-    images: float32 [n, IMAGE_SIZE, IMAGE_SIZE, 3], with n = --batch_size or
-      fewer for each view.
+    images: float32 [n, size, size, 3], where size is `dataset.image_size` and
+      n is --batch_size, or fewer, for each view.
     labels: int32 [--batch_size or fewer].
   """
   images, labels = cifar10_input.inputs(
@@ -137,7 +138,7 @@ def inference(images, num_classes=NUM_CLASSES):
   """Builds the network.
 
   Args:
-    images: float32 [batch, IMAGE_SIZE, IMAGE_SIZE, 3].
+    images: float32 [batch, height, width, 3], IMAGE_SIZE each in the original.
     num_classes: how many classes to tell apart.
 
   Returns:
@@ -536,6 +537,9 @@ def define_flags():
   tf.flags.DEFINE_enum(
       'model', 'default', ['default', 'local'], 'The network: with two fully '
       'connected layers, or with two locally connected ones.')
+  tf.flags.DEFINE_integer(
+      'image_size', IMAGE_SIZE, 'How many of the 32 pixels of each side of a '
+      'picture the network sees.', lower_bound=8, upper_bound=32)
   tf.flags.DEFINE_string(
       'data_url', None, 'Where to download the archive of the data set from '
       '(http, https or file) instead of the place where it is published.')
@@ -565,6 +569,10 @@ def refuse_patterns(flag):
 
 def prepare_dataset():
   """Returns the data set that --dataset names, after a download if need be."""
+  return dataclasses.replace(_find_dataset(), image_size=FLAGS.image_size)
+
+
+def _find_dataset():
   name = _dataset_name()
   if name not in cifar10_input.DATASETS:
     return cifar10_input.pictures(name, FLAGS.data_dir)
@@ -643,7 +651,7 @@ def is_listening(address):
 # What a run was started with, in its train_dir.
 
 _RUN_FILE = 'run.json'
-_SHAPING_FLAGS = ('dataset', 'label', 'model')
+_SHAPING_FLAGS = ('dataset', 'label', 'model', 'image_size')
 _ADOPTED_FLAGS = _SHAPING_FLAGS + ('data_dir', 'use_bfloat16', 'use_fp16')
 
 

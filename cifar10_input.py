@@ -66,8 +66,8 @@ tf.get_logger().addFilter(
                      str(record.msg)))
 tf.disable_eager_execution()
 
-# The network sees this much of each side of a picture: a random square of it
-# in training, the central one in evaluation.
+# The network sees this much of each side of a picture, unless a `Dataset` says
+# otherwise: a random square of it in training, the central one in evaluation.
 IMAGE_SIZE = 24
 
 # At least this part of an epoch is in the shuffle queue after each batch, so
@@ -106,6 +106,7 @@ class Dataset:
   height: int = 32   # Of a picture, in pixels.
   width: int = 32
   depth: int = 3     # Channels.
+  image_size: int = IMAGE_SIZE  # Of the square that the network sees.
   downloads: dict = dataclasses.field(default_factory=dict)  # SHA-256 by URL.
   make: object = None  # Function of the data set, its downloads and a folder,
                        # which writes the files there.
@@ -703,8 +704,8 @@ def draw_distortions(batch_size, dataset=CIFAR10):
     return tf.random_uniform([batch_size], low, high, dtype)
 
   return Distortions(
-      top=uniform(0, dataset.height - IMAGE_SIZE + 1, tf.int32),
-      left=uniform(0, dataset.width - IMAGE_SIZE + 1, tf.int32),
+      top=uniform(0, dataset.height - dataset.image_size + 1, tf.int32),
+      left=uniform(0, dataset.width - dataset.image_size + 1, tf.int32),
       flip=uniform(0, 1) < 0.5,
       brightness=uniform(-63, 63),
       contrast=uniform(0.2, 1.8))
@@ -713,8 +714,8 @@ def draw_distortions(batch_size, dataset=CIFAR10):
 def no_distortions(batch_size, dataset=CIFAR10):
   """The `Distortions` of evaluation: the central crop, nothing else."""
   return Distortions(*(tf.fill([batch_size], value) for value in (
-      (dataset.height - IMAGE_SIZE) // 2, (dataset.width - IMAGE_SIZE) // 2,
-      False, 0.0, 1.0)))
+      (dataset.height - dataset.image_size) // 2,
+      (dataset.width - dataset.image_size) // 2, False, 0.0, 1.0)))
 
 
 def ease(drawn, strength, dataset=CIFAR10):
@@ -745,7 +746,7 @@ def ease(drawn, strength, dataset=CIFAR10):
       name: nearer(name) for name in ('top', 'left', 'brightness', 'contrast')})
 
 
-def distort(planes, distortions):
+def distort(planes, distortions, image_size=IMAGE_SIZE):
   """Crops, flips, recolours and standardizes a batch of images.
 
   It works plane by plane, as records have them: a CPU runs along a row of
@@ -754,12 +755,13 @@ def distort(planes, distortions):
   Args:
     planes: [batch, depth, height, width], 0 to 255, of any type.
     distortions: the batch's `Distortions`.
+    image_size: int, how many pixels of each side to leave.
 
   Returns:
-    float32 [batch, IMAGE_SIZE, IMAGE_SIZE, depth], each image with mean 0 and,
+    float32 [batch, image_size, image_size, depth], each image with mean 0 and,
     unless it is all of one grey, standard deviation 1.
   """
-  crops = _crop_and_flip(planes, distortions)
+  crops = _crop_and_flip(planes, distortions, image_size)
   brightness, contrast = (
       tf.reshape(values, [-1, 1, 1, 1])
       for values in (distortions.brightness, distortions.contrast))
@@ -780,33 +782,34 @@ def distort(planes, distortions):
   return tf.transpose(standardized, [0, 2, 3, 1])
 
 
-def _crop_and_flip(planes, distortions):
-  """Returns float32 [batch, depth, IMAGE_SIZE, IMAGE_SIZE] for `distort`."""
+def _crop_and_flip(planes, distortions, image_size):
+  """Returns float32 [batch, depth, image_size, image_size] for `distort`."""
   _, depth, _, width = planes.shape.as_list()
-  steps = tf.range(IMAGE_SIZE)
+  steps = tf.range(image_size)
   rows = distortions.top[:, tf.newaxis] + steps
   columns = distortions.left[:, tf.newaxis] + tf.where_v2(
       distortions.flip[:, tf.newaxis], steps[::-1], steps)
   # Whole rows are gathered. Columns, single pixels, are not: a product with a
   # matrix of zeros and ones selects them just as exactly, and faster.
   values = tf.cast(tf.gather(planes, rows, axis=2, batch_dims=1), tf.float32)
-  selected = tf.matmul(tf.reshape(values, [-1, depth * IMAGE_SIZE, width]),
+  selected = tf.matmul(tf.reshape(values, [-1, depth * image_size, width]),
                        tf.one_hot(columns, width, axis=1))
-  return tf.reshape(selected, [-1, depth, IMAGE_SIZE, IMAGE_SIZE])
+  return tf.reshape(selected, [-1, depth, image_size, image_size])
 
 
-# How a view differs from the central crop: down, right, whether mirrored.
+# How a view differs from the central crop: pixels down and right, and whether
+# it is mirrored.
 CENTRAL_VIEW = ((0, 0, False),)
 TEN_VIEWS = tuple(
     (down, right, flip) for flip in (False, True)
-    for down, right in [(0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)])
+    for down, right in [(0, 0), (-2, -2), (-2, 2), (2, -2), (2, 2)])
 
 
 def views(planes, kinds, dataset=CIFAR10):
   """Makes of pictures what evaluation shows the network.
 
   Krizhevsky et al. 2012, section 4.1, average over five crops and their mirror
-  images. Theirs are in the corners; half-way to them this network does better.
+  images. Theirs are in the corners; nearer ones are better for this network.
 
   Args:
     planes: [batch, depth, height, width], 0 to 255, of any type.
@@ -814,16 +817,20 @@ def views(planes, kinds, dataset=CIFAR10):
     dataset: the `Dataset`.
 
   Returns:
-    float32 [len(kinds) * batch, IMAGE_SIZE, IMAGE_SIZE, depth], view by view.
+    float32 [len(kinds) * batch, size, size, depth], view by view, where size is
+    `dataset.image_size`.
   """
   central = no_distortions(tf.shape(planes)[0], dataset)
-  down, right = ((size - IMAGE_SIZE) // 4
-                 for size in (dataset.height, dataset.width))
+
+  def shift(corner, pixels, side):
+    return tf.clip_by_value(corner + pixels, 0, side - dataset.image_size)
+
   return tf.concat([
       distort(planes, central._replace(
-          top=central.top + y * down, left=central.left + x * right,
-          flip=tf.fill(tf.shape(central.flip), flip)))
-      for y, x, flip in kinds], axis=0)
+          top=shift(central.top, down, dataset.height),
+          left=shift(central.left, right, dataset.width),
+          flip=tf.fill(tf.shape(central.flip), flip)), dataset.image_size)
+      for down, right, flip in kinds], axis=0)
 
 
 # The two inputs of the network.
@@ -850,7 +857,8 @@ def distorted_inputs(
       leaves the distortions as they are drawn.
 
   Returns:
-    images: float32 [batch_size, IMAGE_SIZE, IMAGE_SIZE, 3].
+    images: float32 [batch_size, size, size, 3], where size is
+      `dataset.image_size`.
     labels: int32 [batch_size].
 
   Raises:
@@ -873,7 +881,7 @@ def distorted_inputs(
     distortions = draw_distortions(batch_size, dataset)
     if strength is not None:
       distortions = ease(distortions, strength, dataset)
-    images = distort(planes, distortions)
+    images = distort(planes, distortions, dataset.image_size)
     if not deterministic:
       images, labels = _run_ahead(
           images, labels, num_threads or max(1, os.cpu_count() // 4))
@@ -905,8 +913,8 @@ def inputs(eval_data, data_dir, batch_size, dataset=CIFAR10,
     kinds: the `views` to make of each example.
 
   Returns:
-    images: float32 [n, IMAGE_SIZE, IMAGE_SIZE, 3], as `views` returns them,
-      with n = batch_size or fewer for each view.
+    images: float32 [n, size, size, 3], as `views` returns them, with n =
+      batch_size or fewer for each view.
     labels: int32 [batch_size or fewer].
     Both raise `tf.errors.OutOfRangeError` after the last example.
 

@@ -234,6 +234,32 @@ def test_the_crop_has_the_room_that_the_pictures_give():
   assert (central.top, central.left) == ([0], [8])
 
 
+@pytest.mark.parametrize('size, corners', [
+    (24, {4, 2, 6}), (28, {2, 0, 4}), (30, {1, 0, 2}), (32, {0})])
+def test_ten_views_are_crops_around_the_centre_and_their_mirror_images(
+    size, corners):
+  dataset = dataclasses.replace(CIFAR10, image_size=size)
+  rows = np.arange(32, dtype=np.float32)
+  planes = np.stack([rows[:, None] + 0 * rows, 0 * rows[:, None] + rows,
+                     0 * rows[:, None] + rows ** 2])[np.newaxis]
+  with tf.Session() as session:
+    views = session.run(cifar10_input.views(
+        tf.constant(planes), cifar10_input.TEN_VIEWS, dataset))
+    drawn = session.run(cifar10_input.draw_distortions(1000, dataset))
+  assert views.shape == (10, size, size, 3)
+  expected = []
+  for step in (1, -1):
+    middle = (32 - size) // 2
+    far = [max(0, middle - 2), min(32 - size, middle + 2)]
+    assert {middle, *far} == corners
+    for top, left in [(middle, middle)] + [(y, x) for y in far for x in far]:
+      crop = planes[0, :, top:top + size, left:left + size][:, :, ::step]
+      expected.append((crop - crop.mean()) / crop.std())
+  np.testing.assert_allclose(
+      views, np.moveaxis(expected, 1, 3), atol=1e-4)
+  assert set(drawn.top) == set(drawn.left) == set(range(32 - size + 1))
+
+
 # Reading.
 
 
