@@ -45,16 +45,14 @@ LEARNING_RATE_DECAY_FACTOR = 0.1  # What it is multiplied with then.
 MOMENTUM = 0.0
 WEIGHT_DECAY = 0.004              # Of the layers after the convolutions.
 MOVING_AVERAGE_DECAY = 0.9999     # Of the variables, for evaluation.
-EASE_DISTORTIONS = 0.0            # Part of a run, at its end, over which
-                                  # distortions fade.
 
 # The recipes that --recipe knows, by what they change in it.
 RECIPES = {
     'original': {},
     'fast': {
-        'max_steps': 19000, 'learning_rate': 0.05,
+        'max_steps': 72000, 'batch_size': 64, 'learning_rate': 0.025,
         'learning_rate_schedule': 'linear', 'momentum': 0.9,
-        'moving_average_decay': 0.999, 'ease_distortions': 0.33},
+        'moving_average_decay': 0.999},
 }
 
 # What the names of the operations of each tower of a multi-GPU run start with.
@@ -90,24 +88,9 @@ def distorted_inputs(dataset=CIFAR10, batch_size=None):
       min_fraction_of_examples_in_queue=flag(
           'min_fraction_of_examples_in_queue',
           cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE),
-      deterministic=flag('deterministic', False),
-      strength=_distortion_strength())
+      deterministic=flag('deterministic', False))
   _image_summary('images', images)
   return images, labels
-
-
-def _distortion_strength():
-  """Returns the strength for `cifar10_input.ease`, or None to do without.
-
-  It falls with the global step, which --max_steps says the last of.
-  """
-  part = flag('ease_distortions', EASE_DISTORTIONS)
-  if not part:
-    return None
-  done = _part_done(tf.train.get_or_create_global_step())
-  strength = tf.minimum(1.0, (1 - done) / part)
-  _scalar_summary('distortion_strength', strength)
-  return strength
 
 
 def inputs(eval_data, dataset=CIFAR10, kinds=cifar10_input.CENTRAL_VIEW):
@@ -402,7 +385,7 @@ def make_optimizer(global_step, examples_per_step, dataset=CIFAR10):
         initial_rate, global_step, decay_steps, LEARNING_RATE_DECAY_FACTOR,
         staircase=True)
   else:  # To zero at the last step.
-    done = _part_done(global_step)
+    done = tf.minimum(1.0, tf.cast(global_step, tf.float32) / FLAGS.max_steps)
     learning_rate = initial_rate * (
         1 - done if schedule == 'linear' else (1 + tf.cos(np.pi * done)) / 2)
   _scalar_summary('learning_rate', learning_rate)
@@ -411,11 +394,6 @@ def make_optimizer(global_step, examples_per_step, dataset=CIFAR10):
     return tf.train.MomentumOptimizer(
         learning_rate, momentum, use_nesterov=True)
   return tf.train.GradientDescentOptimizer(learning_rate)
-
-
-def _part_done(global_step):
-  """Returns how much of --max_steps is done, a float32 from 0 to 1."""
-  return tf.minimum(1.0, tf.cast(global_step, tf.float32) / FLAGS.max_steps)
 
 
 def apply_gradients(optimizer, gradients, global_step, losses, replicas=ALONE):

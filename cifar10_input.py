@@ -718,34 +718,6 @@ def no_distortions(batch_size, dataset=CIFAR10):
       (dataset.width - dataset.image_size) // 2, False, 0.0, 1.0)))
 
 
-def ease(drawn, strength, dataset=CIFAR10):
-  """Brings `Distortions` nearer to those of evaluation.
-
-  Touvron et al. 2019, "Fixing the train-test resolution discrepancy": a network
-  does better on the crops that it was trained on last.
-
-  Args:
-    drawn: the batch's `Distortions`.
-    strength: scalar float32, 1 to leave them as they are, 0 for the central
-      crop as it is. Half of the images are mirrored all the same.
-    dataset: the `Dataset`.
-
-  Returns:
-    `Distortions`.
-  """
-  none = no_distortions(tf.shape(drawn.flip)[0], dataset)
-
-  def nearer(name):
-    target = getattr(none, name)
-    change = strength * tf.cast(getattr(drawn, name) - target, tf.float32)
-    if target.dtype.is_integer:
-      change = tf.round(change)
-    return target + tf.cast(change, target.dtype)
-
-  return drawn._replace(**{
-      name: nearer(name) for name in ('top', 'left', 'brightness', 'contrast')})
-
-
 def distort(planes, distortions, image_size=IMAGE_SIZE):
   """Crops, flips, recolours and standardizes a batch of images.
 
@@ -839,7 +811,7 @@ def views(planes, kinds, dataset=CIFAR10):
 def distorted_inputs(
     data_dir, batch_size, dataset=CIFAR10, num_threads=None,
     min_fraction_of_examples_in_queue=MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
-    deterministic=False, strength=None):
+    deterministic=False):
   """Builds the input of training: batches drawn at random, without end.
 
   Args:
@@ -852,9 +824,7 @@ def distorted_inputs(
       queue when it is drawn from.
     deterministic: whether a graph with a seed gives the same batches each time.
       They are drawn from a full queue then, however fast it is filled, and
-      distorted by the step that uses them.
-    strength: scalar float32 for `ease`, read when a batch is distorted; None
-      leaves the distortions as they are drawn.
+      distorted in one thread.
 
   Returns:
     images: float32 [batch_size, size, size, 3], where size is
@@ -878,27 +848,19 @@ def distorted_inputs(
     _fill(queue, tf.train.string_input_producer(
         paths, name='file_names'), dataset)
     planes, labels = parse_records(queue.dequeue_many(batch_size), dataset)
-    distortions = draw_distortions(batch_size, dataset)
-    if strength is not None:
-      distortions = ease(distortions, strength, dataset)
-    images = distort(planes, distortions, dataset.image_size)
-    if not deterministic:
-      images, labels = _run_ahead(
-          images, labels, num_threads or max(1, os.cpu_count() // 4))
+    images = distort(planes, draw_distortions(batch_size, dataset),
+                     dataset.image_size)
+    batches = tf.FIFOQueue(
+        _BATCHES_AHEAD, [images.dtype, labels.dtype],
+        [images.shape, labels.shape], name='batches')
+    tf.train.add_queue_runner(tf.train.QueueRunner(
+        batches, [batches.enqueue([images, labels])]
+        * (1 if deterministic else num_threads or max(1, os.cpu_count() // 4))))
+    images, labels = batches.dequeue()
   print('Filling queue with %d %s images before starting to train. '
         'This will take a few seconds.' % (min_queue_examples, dataset.title),
         flush=True)
   return images, labels
-
-
-def _run_ahead(images, labels, num_threads):
-  """Adds threads to the session that have batches ready for the network."""
-  batches = tf.FIFOQueue(
-      _BATCHES_AHEAD, [images.dtype, labels.dtype],
-      [images.shape, labels.shape], name='batches')
-  tf.train.add_queue_runner(tf.train.QueueRunner(
-      batches, [batches.enqueue([images, labels])] * num_threads))
-  return batches.dequeue()
 
 
 def inputs(eval_data, data_dir, batch_size, dataset=CIFAR10,

@@ -61,11 +61,6 @@ tf.flags.DEFINE_float(
     'Of the averages of the variables, which are evaluated.', lower_bound=0.0,
     upper_bound=1.0, module_name=cifar10.RECIPE_HEADING)
 tf.flags.DEFINE_float(
-    'ease_distortions', cifar10.EASE_DISTORTIONS, 'The part of the run, at '
-    'its end, over which images are distorted less and less, until only '
-    'mirroring is left.', lower_bound=0.0, upper_bound=1.0,
-    module_name=cifar10.RECIPE_HEADING)
-tf.flags.DEFINE_float(
     'min_fraction_of_examples_in_queue',
     cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE, 'How much of an epoch is '
     'in the shuffle queue when it is drawn from.', lower_bound=0.0,
@@ -100,8 +95,7 @@ tf.flags.register_multi_flags_validator(
     '--deterministic needs a --seed')
 tf.flags.DEFINE_integer(
     'num_preprocess_threads', None, 'Threads that distort images; by default '
-    'one for every four processors, and none with --deterministic.',
-    lower_bound=1, upper_bound=256)
+    'one for every four processors.', lower_bound=1, upper_bound=256)
 tf.flags.DEFINE_boolean(
     'sync_replicas', True, 'In a cluster: average the gradients of all workers '
     'in each step. Else each worker does steps of its own.')

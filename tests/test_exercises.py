@@ -137,18 +137,6 @@ def test_weight_decay_is_that_of_the_flag(set_flags, weight_decay):
       losses, [weight_decay * (v ** 2).sum() / 2 for v in values], rtol=1e-4)
 
 
-@pytest.mark.parametrize('step, strength', [
-    (0, 1.0), (75, 1.0), (90, 0.4), (100, 0.0), (101, 0.0)])
-def test_distortions_ease_off_over_the_last_part_of_a_run(
-    set_flags, step, strength):
-  set_flags(ease_distortions=0.25, max_steps=100)
-  global_step = tf.train.get_or_create_global_step()
-  found = cifar10._distortion_strength()
-  with tf.Session() as session:
-    global_step.load(step, session)
-    assert session.run(found) == pytest.approx(strength)
-
-
 def test_recipe_sets_what_the_command_line_does_not_say(
     use_tiny, call_script, tmp_path):
   recipe = cifar10.RECIPES['fast']
@@ -160,7 +148,7 @@ def test_recipe_sets_what_the_command_line_does_not_say(
   assert flags['max_steps'] == 2 and flags['learning_rate'] == 0.01
   assert recipe['momentum'] == flags['momentum'] == 0.9
   assert {name: flags[name] for name in recipe} == {
-      **recipe, 'max_steps': 2, 'learning_rate': 0.01}
+      **recipe, 'max_steps': 2, 'learning_rate': 0.01, 'batch_size': 8}
   assert any(name.endswith('/Momentum') for name, _ in tf.train.list_variables(
       str(tmp_path / 'model.ckpt-2')))
 
