@@ -50,7 +50,7 @@ MOVING_AVERAGE_DECAY = 0.9999     # Of the variables, for evaluation.
 RECIPES = {
     'original': {},
     'fast': {
-        'max_steps': 72000, 'batch_size': 64, 'learning_rate': 0.025,
+        'max_steps': 64000, 'batch_size': 64, 'learning_rate': 0.025,
         'learning_rate_schedule': 'linear', 'momentum': 0.9,
         'moving_average_decay': 0.999},
 }
