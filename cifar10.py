@@ -665,8 +665,7 @@ def check_run(folder):
   """Raises a UserError if the run in a folder is not what the flags say."""
   _dataset_name()
   for name, value in read_run(folder).items():
-    if (name in _SHAPING_FLAGS + ('recipe',)
-        and value != FLAGS[name].value):
+    if name in _SHAPING_FLAGS + ('recipe',) and value != FLAGS[name].value:
       raise UserError(
           '%s was trained with --%s=%s, not %s: say so again, or name another '
           '--train_dir.' % (folder, name, value, FLAGS[name].value))

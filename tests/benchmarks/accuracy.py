@@ -26,9 +26,9 @@ import subprocess
 import sys
 import tempfile
 
+import parity
 import train_speed
 
-SCRIPTS = os.path.dirname(os.path.dirname(train_speed.HERE))
 RESULTS = os.path.join(train_speed.HERE, 'results')
 PATH = os.path.join(RESULTS, 'accuracy.json')
 POINTS = 12  # Checkpoints of the first seed that are evaluated for its curve.
@@ -84,9 +84,7 @@ def measure(args, seed):
   train_dir = os.path.join(
       args.work_dir, re.sub(r'\W+', '_', args.name) + '_' + seed)
   plain = time_plain(args)
-  call('cifar10_train.py', '--train_dir=' + train_dir, '--seed=' + seed,
-       '--data_dir=' + args.data_dir, '--max_to_keep=0', '--log_frequency=1000',
-       '--save_checkpoint_secs=120', *args.flags)
+  train(args, train_dir, seed)
   plain_ms = train_speed.median(plain + time_plain(args), 'ms')
   ms = step_ms(train_dir)
   steps = sorted(int(re.search(r'-(\d+)\.index', path)[1])
@@ -111,6 +109,23 @@ def measure(args, seed):
   }
 
 
+def train(args, train_dir, seed):
+  """Trains to the end, or until we end."""
+  process = subprocess.Popen(
+      [sys.executable, os.path.join(train_speed.SCRIPTS, 'cifar10_train.py'),
+       '--train_dir=' + train_dir, '--seed=' + seed, '--max_to_keep=0',
+       '--data_dir=' + args.data_dir, '--log_frequency=1000',
+       '--save_checkpoint_secs=120', *args.flags])
+  try:
+    code = process.wait()
+  except BaseException:
+    process.terminate()  # It saves a checkpoint then.
+    process.wait()
+    raise
+  if code:
+    sys.exit('cifar10_train.py ended with exit code %d.' % code)
+
+
 def time_plain(args):
   return [train_speed.run_worker(
       suite='plain', dtype='float32', input_=True, data_dir=args.data_dir)
@@ -133,30 +148,7 @@ def evaluate(args, train_dir, step, *flags):
     for path in glob.glob('%s/model.ckpt-%d.*' % (train_dir, step)):
       shutil.copy(path, folder)
     shutil.copy(os.path.join(train_dir, 'run.json'), folder)
-    output = call('cifar10_eval.py', '--run_once', '--checkpoint_dir=' + folder,
-                  '--eval_dir=' + folder, '--data_dir=' + args.data_dir, *flags)
-  correct, total = re.search(r'(\d+)/(\d+) correct', output).groups()
-  return int(correct) / int(total)
-
-
-def call(script, *flags):
-  """Runs a script, and returns what it printed. It ends when we do."""
-  process = subprocess.Popen(
-      [sys.executable, os.path.join(SCRIPTS, script), *flags],
-      stdout=subprocess.PIPE, universal_newlines=True)
-  output = ''
-  try:
-    for line in process.stdout:
-      output += line
-      if ': step ' in line:
-        print(line, end='', flush=True)
-  except BaseException:
-    process.terminate()  # Training saves a checkpoint then.
-    process.wait()
-    raise
-  if process.wait():
-    sys.exit('%s ended with exit code %d.' % (script, process.returncode))
-  return output
+    return parity.evaluate(folder, args.data_dir, *flags)
 
 
 # All rows.

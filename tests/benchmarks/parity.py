@@ -14,6 +14,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 
 import train_speed
 
@@ -66,14 +67,21 @@ def measure(args, run, suite, dtype, seed):
   subprocess.run(
       [sys.executable, os.path.abspath(__file__), '--data_dir', args.data_dir,
        '--steps', str(args.steps), '--worker', worker], check=True)
-  evaluation = subprocess.run(
-      [sys.executable, os.path.join(sys.path[1], 'cifar10_eval.py'),
-       '--run_once', '--data_dir=' + args.data_dir,
-       '--checkpoint_dir=' + train_dir, '--eval_dir=' + train_dir + '_eval'],
-      check=True, stdout=subprocess.PIPE, universal_newlines=True)
-  correct, total = re.search(r'(\d+)/(\d+) correct', evaluation.stdout).groups()
   with open(os.path.join(train_dir, 'losses.json')) as f:
-    return {'precision': int(correct) / int(total), 'losses': json.load(f)}
+    return {'precision': evaluate(train_dir, args.data_dir),
+            'losses': json.load(f)}
+
+
+def evaluate(train_dir, data_dir, *flags):
+  """Returns precision @ 1 of the latest checkpoint in a folder."""
+  with tempfile.TemporaryDirectory() as eval_dir:
+    output = subprocess.run(
+        [sys.executable, os.path.join(train_speed.SCRIPTS, 'cifar10_eval.py'),
+         '--run_once', '--data_dir=' + data_dir, '--eval_dir=' + eval_dir,
+         '--checkpoint_dir=' + train_dir, *flags],
+        check=True, stdout=subprocess.PIPE, universal_newlines=True).stdout
+  correct, total = re.search(r'(\d+)/(\d+) correct', output).groups()
+  return int(correct) / int(total)
 
 
 def train(data_dir, steps, suite, dtype, seed, train_dir):

@@ -20,7 +20,8 @@ import time
 
 START = time.time()
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
+SCRIPTS = os.path.dirname(os.path.dirname(HERE))
+sys.path[:0] = [HERE, SCRIPTS]
 
 WARM_UP_STEPS = 10
 TIMED_STEPS = 40
