@@ -47,12 +47,14 @@ WEIGHT_DECAY = 0.004              # Of the layers after the convolutions.
 MOVING_AVERAGE_DECAY = 0.9999     # Of the variables, for evaluation.
 
 # The recipes that --recipe knows, by what they change in it.
+_FAST = {
+    'max_steps': 64000, 'batch_size': 64, 'learning_rate': 0.025,
+    'learning_rate_schedule': 'linear', 'momentum': 0.9,
+    'moving_average_decay': 0.999}
 RECIPES = {
     'original': {},
-    'fast': {
-        'max_steps': 64000, 'batch_size': 64, 'learning_rate': 0.025,
-        'learning_rate_schedule': 'linear', 'momentum': 0.9,
-        'moving_average_decay': 0.999},
+    'fast': _FAST,
+    'strong': {**_FAST, 'max_steps': 88000, 'image_size': 28},
 }
 
 # What the names of the operations of each tower of a multi-GPU run start with.

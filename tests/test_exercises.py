@@ -139,9 +139,9 @@ def test_weight_decay_is_that_of_the_flag(set_flags, weight_decay):
 
 def test_recipe_sets_what_the_command_line_does_not_say(
     use_tiny, call_script, tmp_path):
-  recipe = cifar10.RECIPES['fast']
+  recipe = cifar10.RECIPES['strong']
   run = call_script(
-      cifar10_train.main, '--train_dir=%s' % tmp_path, '--recipe=fast',
+      cifar10_train.main, '--train_dir=%s' % tmp_path, '--recipe=strong',
       '--max_steps=2', '--learning_rate=0.01')
   assert run.code == 0, run.stderr
   flags = json.loads((tmp_path / 'run.json').read_text())['flags']
@@ -149,6 +149,7 @@ def test_recipe_sets_what_the_command_line_does_not_say(
   assert recipe['momentum'] == flags['momentum'] == 0.9
   assert {name: flags[name] for name in recipe} == {
       **recipe, 'max_steps': 2, 'learning_rate': 0.01, 'batch_size': 8}
+  assert flags['image_size'] == 28
   assert any(name.endswith('/Momentum') for name, _ in tf.train.list_variables(
       str(tmp_path / 'model.ckpt-2')))
 

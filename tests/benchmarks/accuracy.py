@@ -8,7 +8,8 @@ checkpoints are evaluated; before and after, the plain formulation is timed. The
 row with that --name is written to results/accuracy.json; then all rows so far
 are printed, and drawn as precision against time, accuracy.png. Interrupted, it
 goes on where it was when it is started again: what is finished in --work_dir is
-not trained anew.
+not trained anew. --ablation is for short runs that are compared with each other
+only, in results/ablation.json.
 
 The time of a run is its number of steps times the median ms a step, from the
 speeds in its event files, which cover input and summaries. plain_curve.json
@@ -30,7 +31,6 @@ import parity
 import train_speed
 
 RESULTS = os.path.join(train_speed.HERE, 'results')
-PATH = os.path.join(RESULTS, 'accuracy.json')
 POINTS = 12  # Checkpoints of the first seed that are evaluated for its curve.
 PLAIN_STEPS = 100000
 PLAIN_ROUNDS = 3
@@ -42,21 +42,25 @@ def main():
   parser.add_argument('--work_dir', default='/tmp/cifar10_accuracy')
   parser.add_argument('--name', required=True, help='of the row')
   parser.add_argument('--seeds', type=int, default=3)
+  parser.add_argument('--ablation', action='store_true')
   parser.add_argument('flags', nargs='*', help='of cifar10_train.py')
   args = parser.parse_args()
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-  row = read(PATH).get(args.name, {'flags': args.flags, 'runs': {}})
+  path = os.path.join(
+      RESULTS, 'ablation.json' if args.ablation else 'accuracy.json')
+  row = read(path).get(args.name, {'flags': args.flags, 'runs': {}})
   if row['flags'] != args.flags:
     sys.exit('%s in %s was measured with other flags, %s: give this a --name '
-             'of its own.' % (args.name, PATH, ' '.join(row['flags'])))
-  write(args.name, row)
+             'of its own.' % (args.name, path, ' '.join(row['flags'])))
+  write(path, args.name, row)
   for seed in map(str, range(1, args.seeds + 1)):
     if seed not in row['runs']:
       row['runs'][seed] = measure(args, seed)
-      write(args.name, row)
-  rows = read(PATH)
+      write(path, args.name, row)
+  rows = read(path)
   print_table(rows)
-  draw(rows, os.path.join(RESULTS, 'accuracy.png'))
+  if not args.ablation:
+    draw(rows, os.path.join(RESULTS, 'accuracy.png'))
 
 
 def read(path):
@@ -66,14 +70,14 @@ def read(path):
     return json.load(f)
 
 
-def write(name, row):
+def write(path, name, row):
   """Writes one row, beside what others have written meanwhile."""
   precisions = [run['precision'] for run in row['runs'].values()]
   row['mean'] = statistics.mean(precisions) if precisions else None
   row['std'] = statistics.stdev(precisions) if precisions[1:] else None
-  with open(PATH + '.new', 'w') as f:
-    json.dump({**read(PATH), name: row}, f, indent=1)
-  os.replace(PATH + '.new', PATH)
+  with open(path + '.new', 'w') as f:
+    json.dump({**read(path), name: row}, f, indent=1)
+  os.replace(path + '.new', path)
 
 
 # One run.
@@ -83,30 +87,48 @@ def measure(args, seed):
   """Trains with one seed, and returns what there is to know of it."""
   train_dir = os.path.join(
       args.work_dir, re.sub(r'\W+', '_', args.name) + '_' + seed)
+  if args.ablation:
+    train(args, train_dir, seed)
+    return describe(args, train_dir)
   plain = time_plain(args)
   train(args, train_dir, seed)
   plain_ms = train_speed.median(plain + time_plain(args), 'ms')
-  ms = step_ms(train_dir)
-  steps = sorted(int(re.search(r'-(\d+)\.index', path)[1])
-                 for path in glob.glob(train_dir + '/model.ckpt-*.index'))
-  last = steps[-1]
-  points = [last]
-  if seed == '1':
-    points += steps[-2:0:-max(1, round(len(steps) / POINTS))]
-  batch_size = read(os.path.join(train_dir, 'run.json'))['flags']['batch_size']
-  curve = [(step, evaluate(args, train_dir, step)) for step in points]
+  run = describe(args, train_dir)
   return {
-      'precision': curve[0][1],
+      **run,
+      'plain_ms': plain_ms,
+      'ratio': run['seconds'] / (PLAIN_STEPS * plain_ms / 1e3),
+      'curve': [(step, evaluate(args, train_dir, step))
+                for step in (points(train_dir) if seed == '1' else [])],
+  }
+
+
+def describe(args, train_dir):
+  """Returns what there is to know of a finished run alone."""
+  last = steps_in(train_dir)[-1]
+  ms = step_ms(train_dir)
+  batch_size = read(os.path.join(train_dir, 'run.json'))['flags']['batch_size']
+  return {
+      'precision': evaluate(args, train_dir, last),
       'ten_views': evaluate(args, train_dir, last, '--multiview'),
       'ms': ms,
       'seconds': last * ms / 1e3,
-      'plain_ms': plain_ms,
-      'ratio': last * ms / (PLAIN_STEPS * plain_ms),
       'steps': last,
       'examples': last * batch_size,
-      'curve': curve[::-1],
       'machine': train_speed.machine(),
   }
+
+
+def steps_in(train_dir):
+  """Returns the steps of the checkpoints in a folder, the first one first."""
+  return sorted(int(re.search(r'-(\d+)\.index', path)[1])
+                for path in glob.glob(train_dir + '/model.ckpt-*.index'))
+
+
+def points(train_dir):
+  """Returns some of those steps, for a curve, the last one among them."""
+  steps = steps_in(train_dir)[1:]
+  return steps[::-max(1, round(len(steps) / POINTS))][::-1]
 
 
 def train(args, train_dir, seed):
@@ -160,12 +182,13 @@ def print_table(rows):
   for name, row in rows.items():
     runs = list(row['runs'].values())
     if runs:
-      print('%-32s %5d %7.4f %7s %9.4f %8d %8.1f %6.3f' % (
+      print('%-32s %5d %7.4f %7s %9.4f %8d %8.1f %6s' % (
           name, len(runs), row['mean'],
           '%.4f' % row['std'] if row['std'] is not None else '',
           statistics.mean(run['ten_views'] for run in runs), runs[0]['steps'],
           train_speed.median(runs, 'seconds') / 60,
-          train_speed.median(runs, 'ratio')))
+          '%.3f' % train_speed.median(runs, 'ratio')
+          if 'ratio' in runs[0] else ''))
 
 
 def draw(rows, path):
