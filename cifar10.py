@@ -54,7 +54,7 @@ _FAST = {
 RECIPES = {
     'original': {},
     'fast': _FAST,
-    'strong': {**_FAST, 'max_steps': 88000, 'image_size': 28},
+    'strong': {**_FAST, 'max_steps': 80000, 'image_size': 28},
 }
 
 # What the names of the operations of each tower of a multi-GPU run start with.
