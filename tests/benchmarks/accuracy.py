@@ -16,6 +16,7 @@ speeds in its event files, which cover input and summaries. plain_curve.json
 is a run of the plain formulation that was made before there was this benchmark.
 """
 import argparse
+import contextlib
 import glob
 import json
 import os
@@ -157,11 +158,14 @@ def time_plain(args):
 def step_ms(train_dir):
   """Returns the median of how long steps took."""
   from cifar10_input import tf
-  return statistics.median(
-      1e3 / value.simple_value
-      for path in glob.glob(train_dir + '/events.out.tfevents.*')
-      for event in tf.train.summary_iterator(path)
-      for value in event.summary.value if value.tag == 'global_step/sec')
+  ms = []
+  for path in glob.glob(train_dir + '/events.out.tfevents.*'):
+    # What a kill cut off ends with half a record.
+    with contextlib.suppress(tf.errors.DataLossError):
+      for event in tf.train.summary_iterator(path):
+        ms += [1e3 / value.simple_value for value in event.summary.value
+               if value.tag == 'global_step/sec']
+  return statistics.median(ms)
 
 
 def evaluate(args, train_dir, step, *flags):
