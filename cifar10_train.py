@@ -39,7 +39,8 @@ tf.flags.DEFINE_boolean(
     'an earlier run in --train_dir.')
 tf.flags.DEFINE_enum(
     'recipe', 'original', list(cifar10.RECIPES), 'Sets those of the other '
-    'flags here, of --batch_size and of --max_steps that are not said.',
+    'flags here, of --batch_size, --image_size and --max_steps that are not '
+    'said.',
     module_name=cifar10.RECIPE_HEADING)
 tf.flags.DEFINE_float(
     'learning_rate', cifar10.INITIAL_LEARNING_RATE, 'At the first step.',
