@@ -666,8 +666,13 @@ def read_run(folder):
 def check_run(folder):
   """Raises a UserError if the run in a folder is not what the flags say."""
   _dataset_name()
-  for name, value in read_run(folder).items():
-    if name in _SHAPING_FLAGS + ('recipe',) and value != FLAGS[name].value:
+  run = read_run(folder)
+  fixed = _SHAPING_FLAGS + ('recipe',)
+  if (run.get('learning_rate_schedule') == FLAGS.learning_rate_schedule
+      != 'staircase'):
+    fixed += ('max_steps',)  # The learning rate would jump.
+  for name, value in run.items():
+    if name in fixed and value != FLAGS[name].value:
       raise UserError(
           '%s was trained with --%s=%s, not %s: say so again, or name another '
           '--train_dir.' % (folder, name, value, FLAGS[name].value))
@@ -681,6 +686,7 @@ def adopt_run(folder):
 
 def adopt_recipe():
   """Takes what is not said otherwise from --recipe."""
+  # A program may have trained by another recipe before.
   original = {name: FLAGS[name].default
               for recipe in RECIPES.values() for name in recipe}
   _adopt({**original, **RECIPES[FLAGS.recipe]})

@@ -239,8 +239,9 @@ def _already_trained(checkpoint):
   if step < FLAGS.max_steps:
     print('Continuing from %s.' % checkpoint, flush=True)
     return False
-  print('%s is trained for %d steps already: a larger --max_steps trains on, '
-        '--overwrite starts anew.' % (checkpoint, step))
+  print('%s is trained for %d steps already: %s--overwrite starts anew.' % (
+      checkpoint, step, 'a larger --max_steps trains on, '
+      if FLAGS.learning_rate_schedule == 'staircase' else ''))
   return True
 
 

@@ -137,21 +137,20 @@ def test_weight_decay_is_that_of_the_flag(set_flags, weight_decay):
       losses, [weight_decay * (v ** 2).sum() / 2 for v in values], rtol=1e-4)
 
 
+@pytest.mark.parametrize('script', [cifar10_train, cifar10_multi_gpu_train])
 def test_recipe_sets_what_the_command_line_does_not_say(
-    use_tiny, call_script, tmp_path):
+    use_tiny, call_script, tmp_path, script):
   recipe = cifar10.RECIPES['strong']
   run = call_script(
-      cifar10_train.main, '--train_dir=%s' % tmp_path, '--recipe=strong',
+      script.main, '--train_dir=%s' % tmp_path, '--recipe=strong',
       '--max_steps=2', '--learning_rate=0.01')
   assert run.code == 0, run.stderr
   flags = json.loads((tmp_path / 'run.json').read_text())['flags']
-  assert flags['max_steps'] == 2 and flags['learning_rate'] == 0.01
-  assert recipe['momentum'] == flags['momentum'] == 0.9
   assert {name: flags[name] for name in recipe} == {
       **recipe, 'max_steps': 2, 'learning_rate': 0.01, 'batch_size': 8}
-  assert flags['image_size'] == 28
-  assert any(name.endswith('/Momentum') for name, _ in tf.train.list_variables(
-      str(tmp_path / 'model.ckpt-2')))
+  variables = dict(tf.train.list_variables(str(tmp_path / 'model.ckpt-2')))
+  assert 'local3/weights/Momentum' in variables
+  assert variables['local3/weights'] == [7 * 7 * 64, 384]  # Of 28 pixels.
 
 
 def test_what_a_program_sets_itself_goes_before_the_recipe():
@@ -167,11 +166,29 @@ def test_what_a_program_sets_itself_goes_before_the_recipe():
 
 
 def test_run_of_another_recipe_is_not_continued(run_dir, call_script):
+  before = {path: path.read_bytes() for path in run_dir.iterdir()}
   run = call_script(
       cifar10_train.main, '--train_dir=%s' % run_dir, '--recipe=fast')
   assert run.code == 1
   assert run.stderr.count('\n') == 1
   assert 'trained with --recipe=original, not fast' in run.stderr
+  assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
+
+
+def test_rate_that_falls_to_zero_is_not_raised_by_another_number_of_steps(
+    use_tiny, call_script, tmp_path):
+  def train(*flags):
+    return call_script(
+        cifar10_train.main, '--train_dir=%s' % tmp_path, *flags)
+
+  assert train('--max_steps=1', '--learning_rate_schedule=linear').code == 0
+  for steps, said in ((1, '1 steps already: --overwrite'),
+                      (3, 'trained with --max_steps=1, not 3')):
+    run = train('--max_steps=%d' % steps, '--learning_rate_schedule=linear')
+    assert said in run.stdout + run.stderr
+  assert not list(tmp_path.glob('model.ckpt-3.*'))
+  assert train('--max_steps=3', '--learning_rate_schedule=staircase').code == 0
+  assert list(tmp_path.glob('model.ckpt-3.*'))
 
 
 def test_run_writes_its_flags_and_versions(run_dir):

@@ -12,8 +12,9 @@ not trained anew. --ablation is for short runs that are compared with each other
 only, in results/ablation.json.
 
 The time of a run is its number of steps times the median ms a step, from the
-speeds in its event files, which cover input and summaries. plain_curve.json
-is a run of the plain formulation that was made before there was this benchmark.
+speeds in its event files, which cover input and summaries; the plain
+formulation is timed without summaries. plain_curve.json is a run of it that was
+made before there was this benchmark.
 """
 import argparse
 import contextlib
@@ -32,7 +33,7 @@ import parity
 import train_speed
 
 RESULTS = os.path.join(train_speed.HERE, 'results')
-POINTS = 12  # Checkpoints of the first seed that are evaluated for its curve.
+POINTS = 12  # About so many checkpoints of the first seed make its curve.
 PLAIN_STEPS = 100000
 PLAIN_ROUNDS = 3
 
@@ -46,13 +47,16 @@ def main():
   parser.add_argument('--ablation', action='store_true')
   parser.add_argument('flags', nargs='*', help='of cifar10_train.py')
   args = parser.parse_args()
+  if args.seeds < 1:
+    parser.error('--seeds must be at least 1')
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   path = os.path.join(
       RESULTS, 'ablation.json' if args.ablation else 'accuracy.json')
-  row = read(path).get(args.name, {'flags': args.flags, 'runs': {}})
-  if row['flags'] != args.flags:
-    sys.exit('%s in %s was measured with other flags, %s: give this a --name '
-             'of its own.' % (args.name, path, ' '.join(row['flags'])))
+  settings = settings_of(args.flags)
+  row = read(path).get(args.name, {'settings': settings, 'runs': {}})
+  if row['settings'] != settings:
+    sys.exit('%s in %s was measured with %s, not %s: give this a --name of its '
+             'own.' % (args.name, path, row['settings'], settings))
   write(path, args.name, row)
   for seed in map(str, range(1, args.seeds + 1)):
     if seed not in row['runs']:
@@ -64,6 +68,17 @@ def main():
     draw(rows, os.path.join(RESULTS, 'accuracy.png'))
 
 
+def settings_of(flags):
+  """Returns what flags, and the recipe that they name, change."""
+  import cifar10
+  import cifar10_train
+  cifar10.FLAGS([cifar10_train.__file__, *flags])
+  cifar10.adopt_recipe()
+  names = set().union(*cifar10.RECIPES.values(), (
+      flag.split('=')[0].lstrip('-') for flag in flags))
+  return {name: cifar10.FLAGS[name].value for name in sorted(names)}
+
+
 def read(path):
   if not os.path.exists(path):
     return {}
@@ -72,7 +87,7 @@ def read(path):
 
 
 def write(path, name, row):
-  """Writes one row, beside what others have written meanwhile."""
+  """Writes one row beside the others."""
   precisions = [run['precision'] for run in row['runs'].values()]
   row['mean'] = statistics.mean(precisions) if precisions else None
   row['std'] = statistics.stdev(precisions) if precisions[1:] else None
@@ -86,8 +101,9 @@ def write(path, name, row):
 
 def measure(args, seed):
   """Trains with one seed, and returns what there is to know of it."""
-  train_dir = os.path.join(
-      args.work_dir, re.sub(r'\W+', '_', args.name) + '_' + seed)
+  kind = 'ablation' if args.ablation else 'accuracy'
+  train_dir = os.path.join(args.work_dir, '%s_%s_%s' % (
+      kind, re.sub(r'\W+', '_', args.name), seed))
   if args.ablation:
     train(args, train_dir, seed)
     return describe(args, train_dir)
@@ -105,7 +121,7 @@ def measure(args, seed):
 
 
 def describe(args, train_dir):
-  """Returns what there is to know of a finished run alone."""
+  """Returns figures of a finished run, without the plain formulation's."""
   last = steps_in(train_dir)[-1]
   ms = step_ms(train_dir)
   batch_size = read(os.path.join(train_dir, 'run.json'))['flags']['batch_size']
@@ -134,6 +150,11 @@ def points(train_dir):
 
 def train(args, train_dir, seed):
   """Trains to the end, or until we end."""
+  earlier = read(os.path.join(train_dir, 'run.json')).get('flags', {})
+  for name, value in settings_of(args.flags).items():
+    if earlier.get(name, value) != value:
+      sys.exit('%s is left of a run with --%s=%s, not %s: remove it.' % (
+          train_dir, name, earlier[name], value))
   process = subprocess.Popen(
       [sys.executable, os.path.join(train_speed.SCRIPTS, 'cifar10_train.py'),
        '--train_dir=' + train_dir, '--seed=' + seed, '--max_to_keep=0',
