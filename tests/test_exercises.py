@@ -19,11 +19,17 @@ FLAGS = tf.flags.FLAGS
 
 
 @pytest.fixture
-def run_dir(use_tiny, call_script, tmp_path):
-  """A train_dir of three steps on the tiny data set."""
+def run_dir(use_tiny, call_script, tmp_path, request):
+  """A train_dir of three steps on the tiny data set, perhaps of another size.
+
+  Only its run.json tells evaluation of the size.
+  """
   folder = tmp_path / 'run'
-  assert call_script(cifar10_train.main, '--train_dir=%s' % folder,
-                     '--max_steps=3', '--learning_rate=0.01').code == 0
+  size = getattr(request, 'param', cifar10.IMAGE_SIZE)
+  assert call_script(
+      cifar10_train.main, '--train_dir=%s' % folder, '--max_steps=3',
+      '--learning_rate=0.01', '--image_size=%d' % size).code == 0
+  FLAGS['image_size'].unparse()
   return folder
 
 
@@ -286,10 +292,14 @@ def _encode(picture, kind='png'):
     return session.run(getattr(tf.io, 'encode_' + kind)(picture))
 
 
+@pytest.mark.parametrize('run_dir, multiview', [(24, False), (28, True)],
+                         indirect=['run_dir'])
 def test_prediction_says_what_evaluation_says(
-    run_dir, call_script, tmp_path, tiny, tiny_dir, set_flags, capfd):
+    run_dir, multiview, call_script, tmp_path, tiny, tiny_dir, set_flags,
+    capfd):
   path = tmp_path / 'predictions.csv'
-  _evaluate(call_script, run_dir, tmp_path, '--predictions_csv=%s' % path)
+  _evaluate(call_script, run_dir, tmp_path, '--predictions_csv=%s' % path,
+            '--multiview=%s' % multiview)
   with open(path) as f:
     rows = list(csv.DictReader(f))[:5]
   paths = [str(tmp_path / ('%d.png' % i)) for i in range(5)]
@@ -335,10 +345,12 @@ def test_pictures_of_any_size_are_predicted(
   assert 'broken.png: is no' in stderr and 'none.png: No such' in stderr
 
 
+@pytest.mark.parametrize('run_dir', [28], indirect=True)
 def test_exported_model_says_what_evaluation_says(
     run_dir, call_script, run_script, tmp_path, tiny, tiny_dir):
   path = tmp_path / 'predictions.csv'
-  _evaluate(call_script, run_dir, tmp_path, '--predictions_csv=%s' % path)
+  _evaluate(call_script, run_dir, tmp_path, '--predictions_csv=%s' % path,
+            '--multiview')
   with open(path) as f:
     rows = list(csv.DictReader(f))
   model = tmp_path / 'model'
