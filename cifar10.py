@@ -98,6 +98,11 @@ def distorted_inputs(dataset=CIFAR10, batch_size=None):
 def inputs(eval_data, dataset=CIFAR10, kinds=cifar10_input.CENTRAL_VIEW):
   """Builds the input of evaluation, from --data_dir; see `cifar10_input`.
 
+  Args:
+    eval_data: whether to read the test images, not those of training.
+    dataset: the `cifar10_input.Dataset`.
+    kinds: the views of each image, as `cifar10_input.views` makes them.
+
   Returns:
     images: float32 [n, size, size, 3], where size is `dataset.image_size` and
       n is --batch_size, or fewer, for each view.

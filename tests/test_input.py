@@ -217,10 +217,10 @@ def test_the_crop_has_the_room_that_the_pictures_give():
   assert (central.top, central.left) == ([0], [8])
 
 
-@pytest.mark.parametrize('size, corners', [
-    (24, {4, 2, 6}), (28, {2, 0, 4}), (30, {1, 0, 2}), (32, {0})])
+@pytest.mark.parametrize('size, middle, far', [
+    (24, 4, (2, 6)), (28, 2, (0, 4)), (30, 1, (0, 2)), (32, 0, (0, 0))])
 def test_ten_views_are_crops_around_the_centre_and_their_mirror_images(
-    size, corners):
+    size, middle, far):
   dataset = dataclasses.replace(CIFAR10, image_size=size)
   rows = np.arange(32, dtype=np.float32)
   planes = np.stack([rows[:, None] + 0 * rows, 0 * rows[:, None] + rows,
@@ -232,9 +232,6 @@ def test_ten_views_are_crops_around_the_centre_and_their_mirror_images(
   assert views.shape == (10, size, size, 3)
   expected = []
   for step in (1, -1):
-    middle = (32 - size) // 2
-    far = [max(0, middle - 2), min(32 - size, middle + 2)]
-    assert {middle, *far} == corners
     for top, left in [(middle, middle)] + [(y, x) for y in far for x in far]:
       crop = planes[0, :, top:top + size, left:left + size][:, :, ::step]
       expected.append((crop - crop.mean()) / crop.std())
