@@ -38,9 +38,10 @@ tf.flags.DEFINE_boolean(
     'overwrite', False, 'Start anew: remove the checkpoints and event files of '
     'an earlier run in --train_dir.')
 tf.flags.DEFINE_enum(
-    'recipe', 'original', list(cifar10.RECIPES), 'Sets those of the other '
-    'flags here, of --batch_size, --image_size and --max_steps that are not '
-    'said.',
+    'recipe', 'original', list(cifar10.RECIPES), 'Sets flags that are not said'
+    + ''.join('; %s: %s' % (recipe, ' '.join(
+        '--%s=%s' % setting for setting in settings.items()))
+              for recipe, settings in cifar10.RECIPES.items() if settings),
     module_name=cifar10.RECIPE_HEADING)
 tf.flags.DEFINE_float(
     'learning_rate', cifar10.INITIAL_LEARNING_RATE, 'At the first step.',
