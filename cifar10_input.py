@@ -730,8 +730,8 @@ def distort(planes, distortions, dataset=CIFAR10):
     dataset: the `Dataset`, whose `image_size` is what to leave of each side.
 
   Returns:
-    float32 [batch, image_size, image_size, depth], each image with mean 0 and,
-    unless it is all of one grey, standard deviation 1.
+    float32 [batch, size, size, depth], where size is `dataset.image_size`, each
+    image with mean 0 and, unless it is all of one grey, standard deviation 1.
   """
   crops = _crop_and_flip(planes, distortions, dataset.image_size)
   brightness, contrast = (
