@@ -34,6 +34,9 @@ for _script in SCRIPTS:
   importlib.import_module(_script)
 FLAGS(['test'])
 
+# nohup ignores SIGHUP, also in what is started below it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 # A test that hangs ends the run after so long, and the rest with it.
 _HANG_SECS = 240
 
