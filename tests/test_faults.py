@@ -559,10 +559,9 @@ def test_files_are_created_under_the_umask(train, tmp_path):
   assert set(modes.values()) == {0o640}, modes
 
 
-@pytest.mark.parametrize('folder', [
-    'h\u00e4user \u4f60\u597d', "it's 100% {x} $HOME"])
 def test_folders_may_have_any_name(
-    use_tiny, tiny_dir, call_script, set_flags, tmp_path, folder):
+    use_tiny, tiny_dir, call_script, set_flags, tmp_path):
+  folder = "it's 100% {x} $HOME h\u00e4user \u4f60\u597d"
   shutil.copytree(tiny_dir, tmp_path / folder / 'data')
   set_flags(data_dir=str(tmp_path / folder / 'data'))
   train_dir = tmp_path / folder / 'train'
