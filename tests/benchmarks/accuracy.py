@@ -8,8 +8,8 @@ checkpoints are evaluated; before and after, the plain formulation is timed. The
 row with that --name is written to results/accuracy.json; then all rows so far
 are printed, and drawn as precision against time, accuracy.png. Interrupted, it
 goes on where it was when it is started again: what is finished in --work_dir is
-not trained anew. --ablation is for short runs that are compared with each other
-only, in results/ablation.json.
+not trained anew. --ablation is for variants, which are compared with each other
+only, in results/ablation.json; it does not time the plain formulation.
 
 The time of a run is its number of steps times the median ms a step, from the
 speeds in its event files, which cover input and summaries; the plain
