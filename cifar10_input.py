@@ -8,74 +8,78 @@ another, each filled by threads that run beside the network:
 
     file names -> queue -> records -> shuffle queue -> distortion -> queue
 
-The shuffle queue holds records as they lie on disk, one string each; a batch
-is distorted when it has left that queue, all of its images at once, and then
-waits in the last queue, so that the network never does.
+The shuffle queue holds records as they lie on disk, one string each. A batch is
+distorted after it has left that queue, all of its images at once, and then
+waits in the last queue, so that the network need not wait.
 """
 import collections
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import gzip
 import hashlib
 import json
 import logging
 import os
+import pathlib
 import re
 import shutil
 import socket
 import sys
 import tarfile
-import time
 import types
 import zlib
+
+try:
+  import fcntl
+except ImportError:  # Windows has no such locks.
+  fcntl = None
 
 import numpy as np
 
 
-@contextlib.contextmanager
-def _quiet_start():
-  """Hides what TensorFlow says of itself before it reads any log setting.
-
-  Who wants to see it, and which GPUs it found, sets TF_CPP_MIN_LOG_LEVEL=0.
-  """
-  quiet = os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2') >= '2'
-  stderr = os.dup(2)
-  if quiet:
-    with open(os.devnull, 'w') as devnull:
-      os.dup2(devnull.fileno(), 2)
-  try:
-    yield
-  finally:
-    os.dup2(stderr, 2)
-    os.close(stderr)
-
-
-with _quiet_start():
+# TensorFlow prints things before it reads any log setting. They are shown with
+# TF_CPP_MIN_LOG_LEVEL=0, as is which GPUs it found.
+_stderr = os.dup(2)
+if os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2') >= '2':
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+try:
   import tensorflow.compat.v1 as tf
   tf.config.list_physical_devices()
+finally:
+  os.dup2(_stderr, 2)
 
-# Graphs, queues and sessions are what this suite teaches: that TensorFlow calls
-# them deprecated is no news here. And its step counter reads a step while it is
-# raised, perhaps twice the same. Other warnings still come through.
+# Graphs, queues and sessions are what this suite teaches, so nobody needs to
+# read that TensorFlow calls them deprecated. Its step counter may read a step
+# while it is being raised, and then doubts that it is. Other warnings stay.
 tf.get_logger().addFilter(
     lambda record: record.levelno > logging.WARNING
     or not re.search('deprecated|global step .* has not been increased',
                      str(record.msg)))
 tf.disable_eager_execution()
 
-# The network sees this much of each side of a picture, unless a `Dataset` says
-# otherwise: a random square of it in training, the central one in evaluation.
+# Every picture in every data set has this size; CIFAR-10's has.
+HEIGHT, WIDTH, DEPTH = 32, 32, 3
+
+# The network sees this many pixels of each side of a picture: a random square
+# in training, the central one in evaluation.
 IMAGE_SIZE = 24
 
-# At least this part of an epoch is in the shuffle queue after each batch, so
-# that neighbours in a file do not end up in one batch.
+# What CIFAR-10 has. A script with data of its own may set these three, and
+# IMAGE_SIZE, before it builds its input: they are read when that is built.
+NUM_CLASSES = 10
+NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = 50000
+NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = 10000
+
+DATA_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
+
+# At least this part of an epoch stays in the shuffle queue when a batch leaves
+# it, so that neighbours in a file seldom meet in a batch.
 MIN_FRACTION_OF_EXAMPLES_IN_QUEUE = 0.4
 
-# Records that one run of the reader moves. Moved one by one, the way through
-# Python's threads costs more than the network's input is worth.
+# Records that one run of the reader moves. One at a time, the way through
+# Python's threads would take longer than all the rest of the input.
 _RECORDS_PER_READ = 256
 
 # Distorted batches that wait for the network.
@@ -88,6 +92,17 @@ class UserError(ValueError):
   """A mistake that the user can mend. Its text is one line that says how."""
 
 
+def say(text, file=None):
+  """Prints a line. A console that was closed does not end the program."""
+  file = file or sys.stdout
+  try:
+    print(text, file=file, flush=True)
+  except OSError as error:
+    if error.errno in (errno.EPIPE, errno.EIO):
+      with open(os.devnull, 'w') as devnull:
+        os.dup2(devnull.fileno(), file.fileno())
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
   """The description of a data set in CIFAR-10's binary format.
@@ -98,61 +113,54 @@ class Dataset:
   name: str          # What --dataset calls it.
   title: str         # What the console calls its images.
   folder: str        # Where its files lie below the data directory.
-  train_files: dict  # Number of records of each file to train on, by file name.
+  train_files: dict  # Records in each file to train on, by file name. None
+                     # stands for any number.
   eval_files: dict   # The same for the files to evaluate on.
   classes: tuple     # The name of each label.
   label_bytes: int = 1
   label_byte: int = 0  # Which of them is the label.
-  height: int = 32   # Of a picture, in pixels.
-  width: int = 32
-  depth: int = 3     # Channels.
-  image_size: int = IMAGE_SIZE  # Of the square that the network sees.
+  examples_per_epoch: int = 0  # Of training; 0 for all that train_files have.
   downloads: dict = dataclasses.field(default_factory=dict)  # SHA-256 by URL.
-  make: object = None  # Function of the data set, its downloads and a folder,
-                       # which writes the files there.
+  make: object = None  # Function of the data set, its downloads and a folder
+                       # that writes the files there.
 
   @property
   def record_bytes(self):
-    return self.label_bytes + self.height * self.width * self.depth
+    return self.label_bytes + HEIGHT * WIDTH * DEPTH
 
   @property
   def files(self):
     return {**self.train_files, **self.eval_files}
 
-  def size_bytes(self, name):
-    return self.files[name] * self.record_bytes
-
   @property
   def num_train_examples(self):
-    return sum(self.train_files.values())
+    return self.examples_per_epoch or sum(self.train_files.values())
 
-  @property
-  def num_eval_examples(self):
-    return sum(self.eval_files.values())
+  def size_bytes(self, name):
+    return self.files[name] * self.record_bytes
 
 
 # Getting the data.
 
 
 def maybe_download_and_extract(dataset, data_dir, url=None, sha256=None):
-  """Makes sure that the files of a data set are there.
+  """Makes sure that a data set's files are there, and returns their folder.
 
   Args:
     dataset: the `Dataset`.
-    data_dir: folder of all data sets; made if need be.
-    url: where to take the archive from (http, https or file) instead of the
-      place where it is published.
-    sha256: the archive's checksum, if it is not the published one.
-
-  Returns:
-    The folder with the data set's files.
+    data_dir: local folder of all data sets; made if need be.
+    url, sha256: of the archive (http, https or file), if not as published.
 
   Raises:
     UserError: the data set is not there and cannot be had.
   """
+  if '://' in data_dir:
+    raise UserError('--data_dir=%s is a URL: name a folder on a local disk.'
+                    % data_dir)
+  data_dir = os.path.expanduser(data_dir)
   folder = os.path.join(data_dir, dataset.folder)
 
-  def is_there():  # Whether it is whole is for `check_files` to say.
+  def is_there():  # `check_files` tells whether it is whole.
     return all(os.path.exists(os.path.join(folder, name))
                for name in dataset.files)
 
@@ -167,61 +175,57 @@ def maybe_download_and_extract(dataset, data_dir, url=None, sha256=None):
   return folder
 
 
-def say(text, file=None):
-  """Prints a line. That nobody can read it any more is no reason to end."""
-  file = file or sys.stdout
-  try:
-    print(text, file=file, flush=True)
-  except OSError as error:
-    if error.errno in (errno.EPIPE, errno.EIO):  # A console that was closed.
-      with open(os.devnull, 'w') as devnull:
-        os.dup2(devnull.fileno(), file.fileno())
-
-
 @contextlib.contextmanager
 def locked(folder, flag, wait=False):
   """Lets one process at a time into a folder, which is made if need be.
 
-  The lock is the system's: it goes with the process that has it, however that
-  ends. The file stays, for to remove it would let two processes in.
-
-  Args:
-    folder: path.
-    flag: name of the flag that named the folder, for messages.
-    wait: whether to wait for another process or to complain about it.
-
-  Raises:
-    UserError: the folder cannot be written to, or another process is in it.
-
-  Yields:
-    A function that tells whether the lock is still worth something: it is not
-    when somebody has removed the folder.
+  The system takes the lock back when the process ends, however it ends. The
+  file `.lock` stays: removing it could let two processes in. Folders behind a
+  URL and systems without `flock` do without a lock. A UserError names the flag
+  if the folder cannot be written to, or if another process has the lock and
+  `wait` is false.
   """
   try:
-    os.makedirs(folder, exist_ok=True)
-    lock = open(os.path.join(folder, '.lock'), 'a+')
-  except OSError as error:
+    tf.io.gfile.makedirs(folder)
+    if fcntl is None or '://' in folder:
+      lock = contextlib.nullcontext()
+    else:
+      lock = open(os.path.join(folder, '.lock'), 'a+')
+  except (OSError, tf.errors.OpError) as error:
     raise UserError('--%s=%s cannot be written to: %s'
-                    % (flag, folder, error)) from error
-  with lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      lock.seek(0)
-      holder = 'process %s uses --%s=%s' % (lock.read(), flag, folder)
-      if not wait:
-        raise UserError('%s: end it first, or name another folder.'
-                        % holder) from None
-      print('Waiting: %s.' % holder, flush=True)
-      fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as error:
-      raise UserError('--%s=%s cannot be locked: %s'
-                      % (flag, folder, error)) from error
-    with contextlib.suppress(OSError):  # A full disk can do without our number.
-      lock.truncate(0)
-      print(os.getpid(), file=lock, end='', flush=True)
-    yield lambda: os.path.exists(lock.name) and os.path.samestat(
-        os.stat(lock.name), os.fstat(lock.fileno()))
+                    % (flag, folder, what_went_wrong(error))) from error
+  with lock as file:
+    if file:
+      _lock(file, '--%s=%s' % (flag, folder), wait)
+    yield
+
+
+def _lock(file, flag, wait):
+  """Locks an open file, and writes the number of this process to it."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.seek(0)
+    holder = 'process %s uses %s' % (file.read(), flag)
+    if not wait:
+      raise UserError('%s: end it first, or name another folder.'
+                      % holder) from None
+    say('Waiting: %s.' % holder)
+    fcntl.flock(file, fcntl.LOCK_EX)
+  except OSError as error:  # Some file systems have no locks.
+    say('%s cannot be locked (%s): take care that no other process writes to '
+        'it.' % (flag, error.strerror))
+    return
+  with contextlib.suppress(OSError):  # A full disk can do without the number.
+    file.truncate(0)
+    print(os.getpid(), file=file, end='', flush=True)
+
+
+def what_went_wrong(error):
+  """Returns what an error says in one line, without TensorFlow's stack."""
+  message = getattr(error, 'message', None) or str(error) or repr(error)
+  before_stack = re.search(r'^(.*)\n\s*\[\[\{\{node', message, re.MULTILINE)
+  return before_stack[1] if before_stack else message.splitlines()[0]
 
 
 def _get(dataset, folder, url, sha256):
@@ -232,77 +236,52 @@ def _get(dataset, folder, url, sha256):
   os.makedirs(partial)
   try:
     downloads = [
-        _download(published, url or published, (sha256 or its_sha256).lower(),
-                  os.path.dirname(folder))
-        for published, its_sha256 in dataset.downloads.items()]
+        _download(os.path.basename(published), url or published,
+                  (sha256 or published_sha256).lower(), partial)
+        for published, published_sha256 in dataset.downloads.items()]
     dataset.make(dataset, downloads, partial)
     os.makedirs(folder, exist_ok=True)
     for name in os.listdir(partial):
-      if not os.path.exists(os.path.join(folder, name)):  # Else it is theirs.
+      if not os.path.exists(os.path.join(folder, name)):
         os.replace(os.path.join(partial, name), os.path.join(folder, name))
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _download(published, url, sha256, data_dir):
-  """Returns the path of a download in data_dir, whose checksum is right.
-
-  A plain http mirror is as good as any: it is the checksum that we trust.
-  """
-  archive = os.path.join(data_dir, os.path.basename(published))
-  if os.path.isfile(archive):
-    found = _sha256(archive)
-    if found != sha256:
-      raise UserError(
-          '%s has the SHA-256 %s, not %s: delete it, or accept it with '
-          '--data_sha256.' % (archive, found, sha256))
-    return archive
-  if not sys.stdout.isatty():  # A log file would keep each state of the bar.
-    print('Downloading %s' % url, flush=True)
+def _download(name, url, sha256, partial):
+  """Downloads a file to a folder, and puts it beside that when it is right."""
+  archive = os.path.join(os.path.dirname(partial), name)
+  if os.path.isfile(archive):  # Perhaps put there by hand: it is checked, too.
+    url = pathlib.Path(archive).absolute().as_uri()
+  elif not sys.stdout.isatty():  # Instead of a bar, which a log would keep.
+    say('Downloading %s' % url)
     tf.keras.utils.disable_interactive_logging()
   timeout = socket.getdefaulttimeout()
   socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_SECS)
-  partial = archive + '.partial'
   try:
     tf.keras.utils.get_file(
-        os.path.basename(partial), url, file_hash=sha256,
-        hash_algorithm='sha256', cache_dir=os.path.abspath(data_dir),
-        cache_subdir='')
-    os.replace(partial, archive)
-    return archive
+        name, url, file_hash=sha256, hash_algorithm='sha256', cache_subdir='',
+        cache_dir=os.path.abspath(partial))
   except Exception as error:  # get_file raises nothing more precise.
-    reason = str(error).split(url + ': ')[-1].replace('None -- ', '')
-    if os.path.exists(partial):  # get_file removes all broken ones but this.
-      os.remove(partial)
-      reason = 'its SHA-256 is not %s' % sha256
     raise UserError(
-        '%s cannot be used: %s. Name a mirror with --data_url, put the archive '
-        'in place as %s, or take --dataset=synthetic, which needs no download.'
-        % (url, reason, archive)) from error
+        '%s cannot be used: %s Name a mirror with --data_url, put the archive '
+        'in place as %s, accept another one with --data_sha256, or take '
+        '--dataset=synthetic, which needs no download.'
+        % (url, what_went_wrong(error), archive)) from error
   finally:
     socket.setdefaulttimeout(timeout)
-
-
-def _sha256(path):
-  digest = hashlib.sha256()
-  with open(path, 'rb') as f:
-    for block in iter(lambda: f.read(1 << 20), b''):
-      digest.update(block)
-  return digest.hexdigest()
+  os.replace(os.path.join(partial, name), archive)
+  return archive
 
 
 def _extract(dataset, archives, destination):
   """Extracts the data set's files, and nothing else that is in its archive."""
   archive, = archives
   missing = {'%s/%s' % (dataset.folder, name): name for name in dataset.files}
-  # Nobody waits for a bomb that unpacks to far more than this.
-  max_bytes = 4 * sum(map(dataset.size_bytes, dataset.files)) + (1 << 20)
-  print('Extracting %s' % archive, flush=True)
+  say('Extracting %s' % archive)
   try:
     with tarfile.open(archive, 'r:gz') as tar:
       for member in tar:
-        if member.offset_data + member.size > max_bytes:
-          raise tarfile.TarError('it unpacks to more than %d bytes' % max_bytes)
         name = missing.get(member.name)
         if name and member.isfile() and member.size == dataset.size_bytes(name):
           with open(os.path.join(destination, name), 'wb') as f:
@@ -311,10 +290,9 @@ def _extract(dataset, archives, destination):
   except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
     raise UserError('%s cannot be extracted (%s): delete it and start again.'
                     % (archive, error)) from error
-  if missing:
+  for name in missing.values():
     raise UserError('%s is not the archive of %s: it has no %s of %d bytes.' % (
-        archive, dataset.name, min(missing),
-        dataset.size_bytes(missing[min(missing)])))
+        archive, dataset.name, name, dataset.size_bytes(name)))
 
 
 def _convert_svhn(dataset, downloads, folder):
@@ -325,16 +303,16 @@ def _convert_svhn(dataset, downloads, folder):
     raise UserError('--dataset=svhn needs scipy to read its files: pip install '
                     'scipy.') from None
   for path, name in zip(downloads, dataset.files):
-    print('Converting %s' % path, flush=True)
+    say('Converting %s' % path)
     try:
       contents = scipy.io.loadmat(path)
-      pictures, labels = contents['X'], contents['y']
+      images, labels = contents['X'], contents['y']
     except (OSError, ValueError, TypeError, KeyError) as error:
       raise UserError('%s is not a file of SVHN (%s): delete it and start '
                       'again.' % (path, error)) from error
     # X is [height, width, depth, n]. The digit 0 has the label 10.
     _write_records(os.path.join(folder, name), labels % 10,
-                   pictures.transpose(3, 2, 0, 1))
+                   images.transpose(3, 2, 0, 1))
 
 
 def _write_records(path, labels, planes):
@@ -344,67 +322,63 @@ def _write_records(path, labels, planes):
         planes.reshape(len(planes), -1).astype(np.uint8)].tofile(path)
 
 
-def pictures(folder, data_dir):
-  """Describes a reader's own pictures, converted to records if need be.
+def own_pictures(folder, data_dir):
+  """Returns a `Dataset` of a reader's own pictures.
 
   Args:
     folder: absolute path; has train/CLASS/ and test/CLASS/, with JPEG, PNG, GIF
       or BMP files of any size.
-    data_dir: folder of all data sets, where the records go.
-
-  Returns:
-    A `Dataset`.
+    data_dir: folder of all data sets, where their records are written once.
 
   Raises:
     UserError: there are no such folders, or no pictures in them.
   """
-  classes = sorted(
-      name for name in os.listdir(os.path.join(folder, 'train'))
-      if os.path.isdir(os.path.join(folder, 'train', name))
-  ) if os.path.isdir(os.path.join(folder, 'train')) else []
+  train_dir = os.path.join(folder, 'train')
+  names = sorted(os.listdir(train_dir)) if os.path.isdir(train_dir) else []
+  classes = [name for name in names
+             if os.path.isdir(os.path.join(train_dir, name))]
   listing = [
-      (part, label, path, os.path.getsize(path), os.path.getmtime(path))
+      (part, label, str(path), path.stat().st_size, path.stat().st_mtime)
       for part in ('train', 'test') for label, name in enumerate(classes)
-      for path in _files_below(os.path.join(folder, part, name))]
+      for path in sorted(pathlib.Path(folder, part, name).rglob('[!.]*'))
+      if path.is_file()]
   if len(classes) < 2 or {row[0] for row in listing} != {'train', 'test'}:
     raise UserError(
         '--dataset=%s is no data set that is known by that name, nor a folder '
         'with pictures in train/CLASS/ and test/CLASS/.' % folder)
+  # Another listing is another data set, and its records have another folder.
   digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+  title = os.path.basename(folder)
   dataset = Dataset(
-      name=folder, title=os.path.basename(folder),
-      folder='%s-%s' % (os.path.basename(folder), digest),
-      train_files={'train.bin': 0}, eval_files={'test.bin': 0},
+      name=folder, title=title, folder='%s-%s' % (title, digest),
+      train_files={'train.bin': None}, eval_files={'test.bin': None},
       classes=tuple(classes),
       make=functools.partial(_convert_pictures, listing))
   converted = maybe_download_and_extract(dataset, data_dir)
 
-  def counted(files):  # Known only now, for some could not be read.
-    return {name: os.path.getsize(os.path.join(converted, name))
-                  // dataset.record_bytes for name in files}
+  def count(name):  # Known only now, for some files were no pictures.
+    return (os.path.getsize(os.path.join(converted, name))
+            // dataset.record_bytes)
 
-  return dataclasses.replace(dataset, train_files=counted(dataset.train_files),
-                             eval_files=counted(dataset.eval_files))
-
-
-def _files_below(folder):
-  return sorted(os.path.join(root, name) for root, _, names in os.walk(folder)
-                for name in names if not name.startswith('.'))
+  return dataclasses.replace(
+      dataset, train_files={'train.bin': count('train.bin')},
+      eval_files={'test.bin': count('test.bin')})
 
 
 def _convert_pictures(listing, dataset, downloads, folder):
-  """Writes the records of picture files, and how many there are."""
+  """Writes the records of picture files."""
   records = {'train': [], 'test': []}
+  say('Converting %d pictures of %s' % (len(listing), dataset.name))
   with tf.Graph().as_default(), tf.Session() as session:
     contents = tf.placeholder(tf.string, [])
-    decoded = decode(contents, dataset)
-    for part, label, path, *_ in progress(listing, 'Converting pictures'):
+    fitted = decode(contents)
+    for part, label, path, *_ in listing:
       try:
         with open(path, 'rb') as f:
-          planes = session.run(decoded, {contents: f.read()})
-        records[part].append((label, planes[0]))
+          image, = session.run(fitted, {contents: f.read()})
+        records[part].append((label, image.transpose(2, 0, 1)))
       except (OSError, tf.errors.OpError):
-        print('Skipped %s: it is no picture.' % path, flush=True)
+        say('Skipped %s: it is no picture.' % path)
   if not all(records.values()):
     raise UserError('--dataset=%s has no picture that can be read.'
                     % dataset.name)
@@ -413,66 +387,44 @@ def _convert_pictures(listing, dataset, downloads, folder):
     _write_records(os.path.join(folder, part + '.bin'), labels, planes)
 
 
-def decode(contents, dataset):
-  """Makes of a JPEG, PNG, GIF or BMP file what `fit` makes of one picture.
+def decode(contents):
+  """Decodes the bytes of a picture file, a scalar string, and fits them."""
+  image = tf.io.decode_image(contents, DEPTH, expand_animations=False)
+  return fit(tf.ensure_shape(image, [None, None, DEPTH])[tf.newaxis])
+
+
+def fit(images):
+  """Scales pictures until they cover 32x32 pixels, and cuts off the rest.
 
   Args:
-    contents: scalar string, the file's bytes.
-    dataset: the `Dataset`.
+    images: [batch, height, width, 3], 0 to 255, of any type.
 
   Returns:
-    float32 [1, depth, dataset.height, dataset.width].
+    float32 [batch, 32, 32, 3], whole numbers from 0 to 255. Pictures that have
+    this size already stay as they are.
   """
-  picture = tf.io.decode_image(contents, 3, expand_animations=False)
-  return fit(tf.ensure_shape(picture, [None, None, 3])[tf.newaxis], dataset)
-
-
-def fit(images, dataset):
-  """Scales pictures until they cover those of a data set, and cuts them to it.
-
-  Args:
-    images: [batch, height, width, depth], 0 to 255, of any type.
-    dataset: the `Dataset`.
-
-  Returns:
-    float32 [batch, depth, dataset.height, dataset.width], whole numbers from 0
-    to 255. What has that size already is as it was.
-  """
-  size = tf.constant([dataset.height, dataset.width], tf.float32)
+  size = tf.constant([HEIGHT, WIDTH], tf.float32)
   shape = tf.cast(tf.shape(images)[1:3], tf.float32)
   scale = tf.reduce_max(size / shape)
   fitted = tf.raw_ops.ScaleAndTranslate(
-      images=tf.cast(images, tf.float32), size=tf.cast(size, tf.int32),
+      images=tf.cast(images, tf.float32), size=[HEIGHT, WIDTH],
       scale=[scale, scale], translation=(size - scale * shape) / 2,
       kernel_type='triangle', antialias=True)
-  return tf.transpose(tf.round(tf.clip_by_value(fitted, 0, 255)), [0, 3, 1, 2])
-
-
-def progress(items, what):
-  """Yields items, and says now and then how many of them are done."""
-  start = last = time.time()
-  for i, item in enumerate(items):
-    yield item
-    if time.time() > last + 2:
-      last = time.time()
-      print('%s: %d of %d, %d s to go.' % (
-          what, i + 1, len(items), (last - start) / (i + 1) * (len(items) - i)),
-          end='\r' if sys.stdout.isatty() else '\n', flush=True)
+  return tf.round(tf.clip_by_value(fitted, 0, 255))
 
 
 def _write_synthetic(dataset, downloads, folder):
   """Writes pictures of `dataset.classes`, the same ones on every machine."""
-  print('Generating the %s data set.' % dataset.name, flush=True)
+  say('Generating the %s data set.' % dataset.name)
   random = np.random.default_rng(seed=1)
   for name, num_examples in dataset.files.items():
     labels = random.integers(len(dataset.classes), size=num_examples)
     _write_records(
-        os.path.join(folder, name), labels,
-        _draw_shapes(random, labels, dataset.height, dataset.width))
+        os.path.join(folder, name), labels, _draw_shapes(random, labels))
 
 
-def _draw_shapes(random, labels, height, width):
-  """Returns a picture for each label, [n, 3, height, width], 0 to 255.
+def _draw_shapes(random, labels):
+  """Returns a picture for each label, [n, depth, height, width], 0 to 255.
 
   The shape has any place, size and colours, and there is much noise.
   """
@@ -481,7 +433,7 @@ def _draw_shapes(random, labels, height, width):
 
   # x and y run from -1 to 1 over the shape, which must survive a random crop.
   radius = uniform(6, 11, 1, 1)
-  y, x = np.ogrid[-height / 2:height / 2, -width / 2:width / 2]
+  y, x = np.ogrid[-HEIGHT / 2:HEIGHT / 2, -WIDTH / 2:WIDTH / 2]
   x, y = ((t - uniform(-4, 4, 1, 1)) / radius for t in (x, y))
   labels = labels[:, np.newaxis, np.newaxis]
   nearer, farther = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
@@ -494,9 +446,9 @@ def _draw_shapes(random, labels, height, width):
 
   colour = random.standard_normal((len(labels), 3, 1, 1))
   colour *= uniform(40, 140, 1, 1, 1) / np.linalg.norm(colour, axis=1)[:, None]
-  light = uniform(-2, 2, 1, 1, 1) * np.arange(-width / 2, width / 2)
+  light = uniform(-2, 2, 1, 1, 1) * np.arange(-WIDTH / 2, WIDTH / 2)
   noise = uniform(10, 40, 1, 1, 1) * random.standard_normal(
-      (len(labels), 3, height, width))
+      (len(labels), DEPTH, HEIGHT, WIDTH))
   background = uniform(0, 255, 3, 1, 1)
   return np.clip(background + shape * colour + light + noise, 0, 255)
 
@@ -513,7 +465,7 @@ CIFAR10 = Dataset(
     classes=('airplane', 'automobile', 'bird', 'cat', 'deer',
              'dog', 'frog', 'horse', 'ship', 'truck'),
     downloads={
-        'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz':
+        DATA_URL:
         'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'},
     make=_extract)
 
@@ -542,13 +494,15 @@ CIFAR100 = Dataset(
         '58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec'},
     make=_extract)
 
-# The same pictures with the labels of their superclasses (--label=coarse).
-CIFAR100_COARSE = dataclasses.replace(CIFAR100, label_byte=0, classes=tuple("""
-    aquatic_mammals fish flowers food_containers fruit_and_vegetables
-    household_electrical_devices household_furniture insects large_carnivores
-    large_man-made_outdoor_things large_natural_outdoor_scenes
-    large_omnivores_and_herbivores medium_mammals non-insect_invertebrates
-    people reptiles small_mammals trees vehicles_1 vehicles_2""".split()))
+# The same pictures with the labels of their superclasses.
+CIFAR100_COARSE = dataclasses.replace(
+    CIFAR100, name='cifar100_coarse', label_byte=0, classes=tuple("""
+        aquatic_mammals fish flowers food_containers fruit_and_vegetables
+        household_electrical_devices household_furniture insects
+        large_carnivores large_man-made_outdoor_things
+        large_natural_outdoor_scenes large_omnivores_and_herbivores
+        medium_mammals non-insect_invertebrates people reptiles small_mammals
+        trees vehicles_1 vehicles_2""".split()))
 
 SVHN = Dataset(
     name='svhn',
@@ -576,38 +530,49 @@ SYNTHETIC = Dataset(
     make=_write_synthetic)
 
 DATASETS = {dataset.name: dataset
-            for dataset in (CIFAR10, CIFAR100, SVHN, SYNTHETIC)}
+            for dataset in (CIFAR10, CIFAR100, CIFAR100_COARSE, SVHN,
+                            SYNTHETIC)}
 
-NUM_CLASSES = len(CIFAR10.classes)
-NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = CIFAR10.num_train_examples
-NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = CIFAR10.num_eval_examples
+
+def own_dataset(*constants):
+  """Describes what a script with constants of its own reads.
+
+  Args:
+    constants: the numbers of classes, of examples to train on and of examples
+      to evaluate on that it has given to a module.
+
+  Returns:
+    A `Dataset` of files with CIFAR-10's names and any number of records, or
+    None if the constants are still those of CIFAR-10.
+  """
+  num_classes, num_train_examples, _ = constants
+  if constants == (10, 50000, 10000):
+    return None
+  return dataclasses.replace(
+      CIFAR10, train_files=dict.fromkeys(CIFAR10.train_files),
+      eval_files=dict.fromkeys(CIFAR10.eval_files),
+      classes=tuple(map(str, range(num_classes))),
+      examples_per_epoch=num_train_examples)
+
+
+def _default_dataset():
+  return own_dataset(NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN,
+                     NUM_EXAMPLES_PER_EPOCH_FOR_EVAL) or CIFAR10
 
 
 # Reading it.
 
 
 def check_files(dataset, folder, files):
-  """Finds what is wrong with a data set before a thread trips over it.
+  """Returns the paths of a data set's files, if nothing is wrong with them.
 
-  Args:
-    dataset: the `Dataset`.
-    folder: where its files lie.
-    files: names of the ones to look at.
-
-  Returns:
-    The paths of the files.
-
-  Raises:
-    UserError: a file is missing, has the wrong size, or a record of it has a
-      label that the data set does not know.
+  A UserError says which file is missing, has the wrong size, or has a label
+  that the data set does not know: here, before a thread trips over it.
   """
   paths = [os.path.join(folder, name) for name in files]
   for path in paths:
     try:
-      stat = os.stat(path)
-      flaw = _find_flaw(path, dataset, stat.st_size, stat.st_mtime_ns)
-    except FileNotFoundError:
-      flaw = 'is missing'
+      flaw = _find_flaw(path, dataset)
     except OSError as error:
       raise UserError('%s cannot be read: %s.'
                       % (path, error.strerror)) from error
@@ -617,14 +582,19 @@ def check_files(dataset, folder, files):
   return paths
 
 
-@functools.lru_cache(maxsize=None)  # To look again at the same file is free.
-def _find_flaw(path, dataset, found_bytes, mtime_ns):
+def _find_flaw(path, dataset):
   """Returns what is wrong with a file, or None."""
+  if not os.path.exists(path):
+    return 'is missing'
   if not os.path.isfile(path):
     return 'is not a file'
-  size_bytes = dataset.size_bytes(os.path.basename(path))
-  if found_bytes != size_bytes:
-    return 'has %d bytes, not %d' % (found_bytes, size_bytes)
+  size_bytes, name = os.path.getsize(path), os.path.basename(path)
+  if dataset.files[name] is None:
+    if size_bytes == 0 or size_bytes % dataset.record_bytes:
+      return 'has %d bytes, which is no number of records of %d bytes' % (
+          size_bytes, dataset.record_bytes)
+  elif size_bytes != dataset.size_bytes(name):
+    return 'has %d bytes, not %d' % (size_bytes, dataset.size_bytes(name))
   labels = np.memmap(path, np.uint8, 'r').reshape(
       -1, dataset.record_bytes)[:, dataset.label_byte]
   wrong, = np.nonzero(labels >= len(dataset.classes))
@@ -634,12 +604,13 @@ def _find_flaw(path, dataset, found_bytes, mtime_ns):
   return None
 
 
-def read_cifar10(filename_queue, dataset=CIFAR10):
+def read_cifar10(filename_queue, dataset=None):
   """Reads and parses one record.
 
   Args:
     filename_queue: a queue of strings, the paths of the files to read.
-    dataset: the `Dataset` that says how a record is laid out.
+    dataset: the `Dataset` that says how a record is laid out; CIFAR-10 by
+      default.
 
   Returns:
     An object that stands for one example, with the attributes
@@ -648,37 +619,39 @@ def read_cifar10(filename_queue, dataset=CIFAR10):
       label: int32 Tensor of shape [1].
       uint8image: uint8 Tensor of shape [height, width, depth].
   """
-  reader = tf.FixedLengthRecordReader(dataset.record_bytes)
-  key, value = reader.read(filename_queue)
+  dataset = dataset or CIFAR10
+  key, value = _record_reader(dataset).read(filename_queue)
   planes, label = parse_records([value], dataset)
   return types.SimpleNamespace(
-      height=dataset.height, width=dataset.width, depth=dataset.depth,
-      key=key, label=label, uint8image=tf.stack(tf.unstack(planes[0]), axis=2))
+      height=HEIGHT, width=WIDTH, depth=DEPTH, key=key, label=label,
+      uint8image=tf.stack(tf.unstack(planes[0]), axis=2))
+
+
+def _record_reader(dataset):
+  return tf.FixedLengthRecordReader(dataset.record_bytes)
 
 
 def parse_records(values, dataset):
-  """Splits records into pictures and labels.
-
-  Args:
-    values: strings [n], each a record of the file.
-    dataset: the `Dataset` that says how a record is laid out.
+  """Splits records, strings [n], into pictures and labels.
 
   Returns:
-    planes: uint8 [n, depth, height, width].
+    planes: uint8 [n, 3, 32, 32].
     labels: int32 [n].
   """
   records = tf.ensure_shape(
       tf.decode_raw(values, tf.uint8), [None, dataset.record_bytes])
   labels = tf.cast(records[:, dataset.label_byte], tf.int32)
   planes = tf.reshape(records[:, dataset.label_bytes:],
-                      [-1, dataset.depth, dataset.height, dataset.width])
+                      [-1, DEPTH, HEIGHT, WIDTH])
   return planes, labels
 
 
-def _fill(queue, filename_queue, dataset):
+def _fill(queue, paths, dataset, shuffle):
   """Adds a thread to the session that moves records from files to a queue."""
-  reader = tf.FixedLengthRecordReader(dataset.record_bytes)
-  _, values = reader.read_up_to(filename_queue, _RECORDS_PER_READ)
+  filename_queue = tf.train.string_input_producer(
+      paths, shuffle=shuffle, name='file_names')
+  _, values = _record_reader(dataset).read_up_to(
+      filename_queue, _RECORDS_PER_READ)
   tf.train.add_queue_runner(
       tf.train.QueueRunner(queue, [queue.enqueue_many([values])]))
 
@@ -698,42 +671,36 @@ class Distortions(collections.namedtuple(
   """
 
 
-def draw_distortions(batch_size, dataset=CIFAR10):
-  """Draws the `Distortions` of a training batch, each image's for itself."""
+def draw_distortions(batch_size, image_size=None):
+  """Draws the `Distortions` of a training batch, anew for each image."""
   def uniform(low, high, dtype=tf.float32):
     return tf.random_uniform([batch_size], low, high, dtype)
 
+  image_size = image_size or IMAGE_SIZE
   return Distortions(
-      top=uniform(0, dataset.height - dataset.image_size + 1, tf.int32),
-      left=uniform(0, dataset.width - dataset.image_size + 1, tf.int32),
+      top=uniform(0, HEIGHT - image_size + 1, tf.int32),
+      left=uniform(0, WIDTH - image_size + 1, tf.int32),
       flip=uniform(0, 1) < 0.5,
       brightness=uniform(-63, 63),
       contrast=uniform(0.2, 1.8))
 
 
-def no_distortions(batch_size, dataset=CIFAR10):
-  """The `Distortions` of evaluation: the central crop, nothing else."""
-  return Distortions(*(tf.fill([batch_size], value) for value in (
-      (dataset.height - dataset.image_size) // 2,
-      (dataset.width - dataset.image_size) // 2, False, 0.0, 1.0)))
-
-
-def distort(planes, distortions, dataset=CIFAR10):
+def distort(planes, distortions, image_size=None):
   """Crops, flips, recolours and standardizes a batch of images.
 
   It works plane by plane, as records have them: a CPU runs along a row of
   pixels much faster than from one channel of a pixel to the next.
 
   Args:
-    planes: [batch, depth, height, width], 0 to 255, of any type.
+    planes: [batch, 3, 32, 32], 0 to 255, of any type.
     distortions: the batch's `Distortions`.
-    dataset: the `Dataset`, whose `image_size` is what to leave of each side.
+    image_size: int, how much to leave of each side; by default IMAGE_SIZE.
 
   Returns:
-    float32 [batch, size, size, depth], where size is `dataset.image_size`, each
-    image with mean 0 and, unless it is all of one grey, standard deviation 1.
+    float32 [batch, image_size, image_size, 3], each image with mean 0 and,
+    unless it is all of one grey, standard deviation 1.
   """
-  crops = _crop_and_flip(planes, distortions, dataset.image_size)
+  crops = _crop_and_flip(planes, distortions, image_size or IMAGE_SIZE)
   brightness, contrast = (
       tf.reshape(values, [-1, 1, 1, 1])
       for values in (distortions.brightness, distortions.contrast))
@@ -755,8 +722,7 @@ def distort(planes, distortions, dataset=CIFAR10):
 
 
 def _crop_and_flip(planes, distortions, image_size):
-  """Returns float32 [batch, depth, image_size, image_size] for `distort`."""
-  _, depth, _, width = planes.shape.as_list()
+  """Returns float32 [batch, 3, image_size, image_size] for `distort`."""
   steps = tf.range(image_size)
   rows = distortions.top[:, tf.newaxis] + steps
   columns = distortions.left[:, tf.newaxis] + tf.where_v2(
@@ -764,9 +730,9 @@ def _crop_and_flip(planes, distortions, image_size):
   # Whole rows are gathered. Columns, single pixels, are not: a product with a
   # matrix of zeros and ones selects them just as exactly, and faster.
   values = tf.cast(tf.gather(planes, rows, axis=2, batch_dims=1), tf.float32)
-  selected = tf.matmul(tf.reshape(values, [-1, depth * image_size, width]),
-                       tf.one_hot(columns, width, axis=1))
-  return tf.reshape(selected, [-1, depth, image_size, image_size])
+  selected = tf.matmul(tf.reshape(values, [-1, DEPTH * image_size, WIDTH]),
+                       tf.one_hot(columns, WIDTH, axis=1))
+  return tf.reshape(selected, [-1, DEPTH, image_size, image_size])
 
 
 # How a view differs from the central crop: pixels down and right, as far as the
@@ -777,39 +743,36 @@ TEN_VIEWS = tuple(
     for down, right in [(0, 0), (-2, -2), (-2, 2), (2, -2), (2, 2)])
 
 
-def views(planes, kinds, dataset=CIFAR10):
-  """Makes of pictures what evaluation shows the network.
+def crop_views(images, views=CENTRAL_VIEW, image_size=None):
+  """Crops and standardizes pictures as evaluation shows them to the network.
 
   Krizhevsky et al. 2012, section 4.1, average over five crops and their mirror
   images. Theirs are in the corners, but of 24 pixels, nearer ones did better.
 
   Args:
-    planes: [batch, depth, height, width], 0 to 255, of any type.
-    kinds: the views to make, `CENTRAL_VIEW` or `TEN_VIEWS`.
-    dataset: the `Dataset`.
+    images: [batch, 32, 32, 3], 0 to 255, of any type.
+    views: what to make of each picture, `CENTRAL_VIEW` or `TEN_VIEWS`.
+    image_size: int, how much to leave of each side; by default IMAGE_SIZE.
 
   Returns:
-    float32 [len(kinds) * batch, size, size, depth], view by view, where size is
-    `dataset.image_size`.
+    float32 [len(views) * batch, image_size, image_size, 3], view by view.
   """
-  central = no_distortions(tf.shape(planes)[0], dataset)
-
-  def shift(corner, pixels, side):
-    return tf.clip_by_value(corner + pixels, 0, side - dataset.image_size)
-
-  return tf.concat([
-      distort(planes, central._replace(
-          top=shift(central.top, down, dataset.height),
-          left=shift(central.left, right, dataset.width),
-          flip=tf.fill(tf.shape(central.flip), flip)), dataset)
-      for down, right, flip in kinds], axis=0)
+  image_size = image_size or IMAGE_SIZE
+  room = HEIGHT - image_size
+  crops = []
+  for down, right, flip in views:
+    top, left = (min(max(room // 2 + shift, 0), room)
+                 for shift in (down, right))
+    crop = images[:, top:top + image_size, left:left + image_size]
+    crops.append(crop[:, :, ::-1] if flip else crop)
+  return tf.image.per_image_standardization(tf.concat(crops, axis=0))
 
 
 # The two inputs of the network.
 
 
 def distorted_inputs(
-    data_dir, batch_size, dataset=CIFAR10, num_threads=None,
+    data_dir, batch_size, dataset=None, image_size=None,
     min_fraction_of_examples_in_queue=MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
     deterministic=False):
   """Builds the input of training: batches drawn at random, without end.
@@ -817,9 +780,9 @@ def distorted_inputs(
   Args:
     data_dir: folder with the data set's files.
     batch_size: images a batch.
-    dataset: the `Dataset`.
-    num_threads: how many threads distort batches; by default one for every
-      four processors, for the operations inside are parallel themselves.
+    dataset: the `Dataset`; by default what this module's constants describe,
+      CIFAR-10.
+    image_size: pixels of each side to leave; by default IMAGE_SIZE.
     min_fraction_of_examples_in_queue: how much of an epoch is in the shuffle
       queue when it is drawn from.
     deterministic: whether a graph with a seed gives the same batches each time.
@@ -827,82 +790,68 @@ def distorted_inputs(
       distorted in one thread.
 
   Returns:
-    images: float32 [batch_size, size, size, 3], where size is
-      `dataset.image_size`.
+    images: float32 [batch_size, image_size, image_size, 3].
     labels: int32 [batch_size].
 
   Raises:
     UserError: a file is not as the data set's description says.
   """
+  dataset = dataset or _default_dataset()
   paths = check_files(dataset, data_dir, dataset.train_files)
-  if batch_size > dataset.num_train_examples:
-    raise UserError('a batch of %d images is more than the %d there are: lower '
-                    '--batch_size.' % (batch_size, dataset.num_train_examples))
   min_queue_examples = int(
       dataset.num_train_examples * min_fraction_of_examples_in_queue)
   capacity = min_queue_examples + (1 if deterministic else 3 * batch_size)
+  # The operations inside of a thread use all processors, too.
+  num_threads = 1 if deterministic else max(1, os.cpu_count() // 4)
   with tf.name_scope('input'):
     queue = tf.RandomShuffleQueue(
         capacity, min_queue_examples, [tf.string], [[]], name='shuffle_queue')
     tf.summary.scalar('shuffle_queue_fullness', queue.size() / capacity)
-    _fill(queue, tf.train.string_input_producer(
-        paths, name='file_names'), dataset)
+    _fill(queue, paths, dataset, shuffle=True)
     planes, labels = parse_records(queue.dequeue_many(batch_size), dataset)
-    images = distort(planes, draw_distortions(batch_size, dataset), dataset)
+    images = distort(
+        planes, draw_distortions(batch_size, image_size), image_size)
     batches = tf.FIFOQueue(
         _BATCHES_AHEAD, [images.dtype, labels.dtype],
         [images.shape, labels.shape], name='batches')
-    tf.train.add_queue_runner(tf.train.QueueRunner(
-        batches, [batches.enqueue([images, labels])]
-        * (1 if deterministic else num_threads or max(1, os.cpu_count() // 4))))
+    enqueue = batches.enqueue([images, labels])
+    tf.train.add_queue_runner(
+        tf.train.QueueRunner(batches, [enqueue] * num_threads))
     images, labels = batches.dequeue()
-  print('Filling queue with %d %s images before starting to train. '
-        'This will take a few seconds.' % (min_queue_examples, dataset.title),
-        flush=True)
+  say('Filling queue with %d %s images before starting to train. This will take '
+      'a few seconds.' % (min_queue_examples, dataset.title))
   return images, labels
 
 
-def inputs(eval_data, data_dir, batch_size, dataset=CIFAR10,
-           kinds=CENTRAL_VIEW):
-  """Builds the input of evaluation: each example once, in the files' order.
+def inputs(eval_data, data_dir, batch_size, dataset=None, image_size=None,
+           views=CENTRAL_VIEW):
+  """Builds the input of evaluation: all examples in order, again and again.
 
   Args:
-    eval_data: whether to read the files to evaluate on; else those to train on.
+    eval_data: whether to read the files to evaluate on, or those to train on.
     data_dir: folder with the data set's files.
-    batch_size: images a batch; the last batch holds what is left.
-    dataset: the `Dataset`.
-    kinds: the `views` to make of each example.
+    batch_size: images a batch.
+    dataset: the `Dataset`; by default what this module's constants describe,
+      CIFAR-10.
+    image_size: pixels of each side to leave; by default IMAGE_SIZE.
+    views: what to make of each example, see `crop_views`.
 
   Returns:
-    images: float32 [n, size, size, 3], as `views` returns them, with n =
-      batch_size or fewer for each view.
-    labels: int32 [batch_size or fewer].
-    Both raise `tf.errors.OutOfRangeError` after the last example.
+    images: float32 [len(views) * batch_size, image_size, image_size, 3], view
+      by view.
+    labels: int32 [batch_size].
 
   Raises:
     UserError: a file is not as the data set's description says.
   """
+  dataset = dataset or _default_dataset()
   files = dataset.eval_files if eval_data else dataset.train_files
   paths = check_files(dataset, data_dir, files)
   with tf.name_scope('input'):
     queue = tf.FIFOQueue(
         4 * max(batch_size, _RECORDS_PER_READ), [tf.string], [[]], name='queue')
-    _fill(queue, _queue_once(paths), dataset)
-    planes, labels = parse_records(queue.dequeue_up_to(batch_size), dataset)
-    images = views(planes, kinds, dataset)
+    _fill(queue, paths, dataset, shuffle=False)
+    planes, labels = parse_records(queue.dequeue_many(batch_size), dataset)
+    images = tf.transpose(tf.cast(planes, tf.float32), [0, 2, 3, 1])
+    images = crop_views(images, views, image_size)
   return images, labels
-
-
-def _queue_once(paths):
-  """Returns a queue that gives each path once, and then is at its end.
-
-  `string_input_producer(num_epochs=1)` would do, but for the local variable in
-  which it counts: a program of one's own would have to initialize it.
-  """
-  queue = tf.FIFOQueue(len(paths), [tf.string], [[]], name='file_names')
-  with tf.control_dependencies([queue.enqueue_many([paths])]):
-    enqueue_and_close = queue.close()
-  tf.train.add_queue_runner(tf.train.QueueRunner(
-      queue, [enqueue_and_close], queue_closed_exception_types=(
-          tf.errors.OutOfRangeError, tf.errors.CancelledError)))
-  return queue

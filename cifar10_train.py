@@ -7,141 +7,123 @@ The second command needs no download; each data set needs its own --train_dir.
 
 A run that ended, whatever ended it, continues from its last checkpoint in
 --train_dir when it is started again. Ctrl-C, SIGTERM and SIGHUP save one first.
-TF_CONFIG makes the process a task of a TensorFlow cluster, see README.md.
 While it trains, cifar10_eval.py tells how well the network does, and
 `tensorboard --logdir=/tmp/cifar10_train` shows what goes on inside.
 """
-from datetime import datetime
 import contextlib
+import dataclasses
+from datetime import datetime
+import json
 import math
 import os
 import re
-import select
 import signal
-import socket
 import sys
-import threading
 import time
 
+import numpy as np
+
+import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
+import tensorflow.compat.v1 as tf
+
 import cifar10
-import cifar10_input
-from cifar10_input import UserError, say, tf
+from cifar10_input import UserError, say, what_went_wrong
 
 FLAGS = tf.flags.FLAGS
-
-cifar10.define_flags()
-tf.flags.DEFINE_string(
-    'train_dir', '/tmp/cifar10_train',
-    'Where checkpoints and event files are written.')
-cifar10.refuse_patterns('train_dir')
-tf.flags.DEFINE_boolean(
-    'overwrite', False, 'Start anew: remove the checkpoints and event files of '
-    'an earlier run in --train_dir.')
-tf.flags.DEFINE_enum(
-    'recipe', 'original', list(cifar10.RECIPES), 'Sets flags that are not said'
-    + ''.join('; %s: %s' % (recipe, ' '.join(
-        '--%s=%s' % setting for setting in settings.items()))
-              for recipe, settings in cifar10.RECIPES.items() if settings),
-    module_name=cifar10.RECIPE_HEADING)
-tf.flags.DEFINE_float(
-    'learning_rate', cifar10.INITIAL_LEARNING_RATE, 'At the first step.',
-    lower_bound=0.0, module_name=cifar10.RECIPE_HEADING)
-tf.flags.DEFINE_enum(
-    'learning_rate_schedule', cifar10.LEARNING_RATE_SCHEDULE,
-    ['staircase', 'linear', 'cosine'],
-    'How it falls: tenfold every 350 epochs, or to zero at --max_steps.',
-    module_name=cifar10.RECIPE_HEADING)
-tf.flags.DEFINE_float(
-    'momentum', cifar10.MOMENTUM, "Nesterov's, of the gradients.",
-    lower_bound=0.0, upper_bound=1.0, module_name=cifar10.RECIPE_HEADING)
-tf.flags.DEFINE_float(
-    'weight_decay', cifar10.WEIGHT_DECAY,
-    'Factor of the L2 losses of local3 and local4.', lower_bound=0.0,
-    module_name=cifar10.RECIPE_HEADING)
-tf.flags.DEFINE_float(
-    'moving_average_decay', cifar10.MOVING_AVERAGE_DECAY,
-    'Of the averages of the variables, which are evaluated.', lower_bound=0.0,
-    upper_bound=1.0, module_name=cifar10.RECIPE_HEADING)
-tf.flags.DEFINE_float(
-    'min_fraction_of_examples_in_queue',
-    cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE, 'How much of an epoch is '
-    'in the shuffle queue when it is drawn from.', lower_bound=0.0,
-    upper_bound=1.0)
-tf.flags.DEFINE_integer(
-    'max_steps', 100000, 'Steps to train for, those of earlier runs included.',
-    lower_bound=1)
-tf.flags.DEFINE_integer(
-    'log_frequency', 10, 'Steps from one line on the console to the next.',
-    lower_bound=1)
-tf.flags.DEFINE_integer(
-    'save_checkpoint_secs', 600, 'Seconds from one checkpoint to the next.',
-    lower_bound=1)
-tf.flags.DEFINE_integer(
-    'max_to_keep', 5, 'How many of the latest checkpoints are kept; 0 keeps '
-    'all.', lower_bound=0)
-tf.flags.DEFINE_float(
-    'keep_checkpoint_every_n_hours', 10000.0, 'Hours from one to the next of '
-    'those checkpoints that are kept for ever.', lower_bound=0.0)
-tf.flags.DEFINE_integer(
-    'save_summary_steps', 100, 'Steps from one set of summaries to the next.',
-    lower_bound=1)
-tf.flags.DEFINE_integer(
-    'seed', None, 'Draw the same initial weights in each run.', lower_bound=0,
-    upper_bound=2 ** 31 - 1)
-tf.flags.DEFINE_boolean(
-    'deterministic', False, 'With --seed, do all else the same in each run, '
-    'too: it ends with the same variables, byte for byte.')
-tf.flags.register_multi_flags_validator(
-    ['deterministic', 'seed'],
-    lambda flags: flags['seed'] is not None or not flags['deterministic'],
-    '--deterministic needs a --seed')
-tf.flags.DEFINE_integer(
-    'num_preprocess_threads', None, 'Threads that distort images; by default '
-    'one for every four processors.', lower_bound=1, upper_bound=256)
-tf.flags.DEFINE_boolean(
-    'sync_replicas', True, 'In a cluster: average the gradients of all workers '
-    'in each step. Else each worker does steps of its own.')
-tf.flags.DEFINE_integer(
-    'backup_workers', 0, 'In a cluster: gradients that a step does not wait '
-    'for.', lower_bound=0)
-tf.flags.DEFINE_integer(
-    'cluster_timeout_secs', 600, 'In a cluster: how long to wait for a task '
-    'that is not there.', lower_bound=1)
-tf.flags.DEFINE_boolean(
-    'log_device_placement', False, 'Show which device each operation is on.')
 
 
 def train():
   """Trains on one device. Returns the exit code."""
-  cifar10.adopt_recipe()
   return run_training(build_step, FLAGS.batch_size)
 
 
-def build_step(dataset, global_step, replicas=cifar10.ALONE):
+def build_step(dataset, recipe, global_step):
   """Builds one step of training on one device.
 
   Args:
     dataset: the `cifar10_input.Dataset` to learn from.
+    recipe: the `cifar10.Recipe`.
     global_step: int64 variable, the number of steps done.
-    replicas: the `cifar10.Replicas` that do a step together.
 
   Returns:
     The operation that does the step, and its loss, a scalar float32.
   """
   # The input belongs on the CPU, so that a GPU is left to the network.
   with tf.device('/cpu:0'):
-    images, labels = cifar10.distorted_inputs(dataset)
-  logits = cifar10.inference(images, len(dataset.classes))
+    images, labels = distorted_inputs(dataset, FLAGS.batch_size)
+  logits = cifar10.inference(images, recipe)
   loss = cifar10.loss(logits, labels)
-  return cifar10.train(loss, global_step, dataset, replicas), loss
+  return cifar10.train(loss, global_step, recipe), loss
 
 
-def run_training(build, examples):
+# What the flags say, as values.
+
+
+def distorted_inputs(dataset, batch_size):
+  """Builds the input of training; see `cifar10.distorted_inputs`."""
+  return cifar10.distorted_inputs(
+      dataset, batch_size, image_size=FLAGS.image_size,
+      min_fraction_of_examples_in_queue=FLAGS.min_fraction_of_examples_in_queue,
+      deterministic=FLAGS.deterministic)
+
+
+def prepare_dataset():
+  """Returns the data set that --dataset names, after a download if need be."""
+  if FLAGS.dataset not in cifar10_input.DATASETS:
+    return cifar10_input.own_pictures(FLAGS.dataset, FLAGS.data_dir)
+  dataset = cifar10_input.DATASETS[FLAGS.dataset]
+  cifar10.maybe_download_and_extract(dataset, FLAGS.data_url, FLAGS.data_sha256)
+  return dataset
+
+
+def network_recipe(dataset):
+  """Returns a `cifar10.Recipe` that says as much as evaluation has to know."""
+  return cifar10.Recipe(
+      num_classes=len(dataset.classes), model=FLAGS.model,
+      dtype=(tf.bfloat16 if FLAGS.use_bfloat16 else
+             tf.float16 if FLAGS.use_fp16 else tf.float32))
+
+
+def training_recipe(dataset, examples_per_step):
+  """Returns the whole `cifar10.Recipe`."""
+  schedule = FLAGS.learning_rate_schedule
+  return dataclasses.replace(
+      network_recipe(dataset),
+      learning_rate=FLAGS.learning_rate,
+      schedule=schedule,
+      decay_steps=FLAGS.max_steps if schedule != 'staircase' else
+      cifar10.steps_per_decay(dataset.num_train_examples, examples_per_step),
+      momentum=FLAGS.momentum,
+      weight_decay=FLAGS.weight_decay,
+      moving_average_decay=FLAGS.moving_average_decay)
+
+
+# The training of a network on any number of devices.
+
+
+@dataclasses.dataclass
+class Task:
+  """What this process is in a training; by default, all of it."""
+  worker: int = 0         # Number among all workers; the chief has 0. It alone
+                          # writes to --train_dir.
+  num_workers: int = 1    # That do each step together.
+  target: str = ''        # What a session connects to.
+  device: object = None   # Where operations go, for `tf.device`.
+  hooks: tuple = ()       # That a session must have.
+  config: tf.ConfigProto = dataclasses.field(default_factory=tf.ConfigProto)
+
+  @property
+  def is_chief(self):
+    return self.worker == 0
+
+
+def run_training(build, examples, task=None):
   """Trains until --max_steps, or until something else ends it.
 
   Args:
     build: function that builds a step, as `build_step` does.
-    examples: images in a step of this process, over all towers.
+    examples: images that this process learns from in a step.
+    task: the `Task` of this process.
 
   Returns:
     The exit code: 0, or 128 and the number of the signal.
@@ -149,558 +131,569 @@ def run_training(build, examples):
   Raises:
     UserError: --train_dir cannot be used, another process uses it, or it holds
       the checkpoint of another network; the loss is not a number any more; a
-      file of the data set has changed; the last checkpoint was not written;
-      another task of a cluster is not there.
+      file of the data set has changed.
   """
-  task = cifar10.cluster_task()
-  place = Cluster(*task) if task else OneMachine()
-  return place.run(lambda: _train(place, build, examples))
-
-
-def _train(place, build, examples):
-  """Trains in a place, `OneMachine` or `Cluster`; see `run_training`."""
-  with place.lock() as is_held, tf.Graph().as_default(), \
-      tf.device(place.device):
+  task = task or Task()
+  with contextlib.ExitStack() as stack:
+    if task.is_chief:
+      stack.enter_context(cifar10_input.locked(FLAGS.train_dir, 'train_dir'))
     checkpoint = _checkpoint_to_continue()
-    if checkpoint:
-      cifar10.check_run(FLAGS.train_dir)
-    if _already_trained(checkpoint):
+    if checkpoint and _is_trained(checkpoint):
       return 0
-    dataset = cifar10.prepare_dataset()
-    # Each worker draws for itself; the chief's are the initial weights.
-    tf.set_random_seed(FLAGS.seed and FLAGS.seed + place.worker)
+    dataset = prepare_dataset()
+    if examples > dataset.num_train_examples:
+      raise UserError('a step of %d images is more than the %d there are: lower '
+                      '--batch_size.' % (examples, dataset.num_train_examples))
+    if FLAGS.use_fp16 and not tf.config.list_physical_devices('GPU'):
+      tf.logging.warn('--use_fp16 is for GPUs: on a CPU it is slow.')
     if FLAGS.deterministic:
       tf.compat.v2.config.experimental.enable_op_determinism()
-    global_step = tf.train.get_or_create_global_step()
-    train_op, loss = build(dataset, global_step, place.replicas)
-    with tf.control_dependencies([train_op]):
-      steps_done = tf.identity(global_step.read_value())
-    if checkpoint:
-      cifar10.check_checkpoint(
-          checkpoint, {v.op.name: v for v in tf.global_variables()})
-    if place.is_chief:
-      _tidy(checkpoint)
-    saver = Saver()
-
-    def check():
-      if not is_held():
-        raise UserError('--train_dir=%s was removed.' % FLAGS.train_dir)
-      cifar10.check_files(dataset, dataset.train_files)
-      place.check()
-
-    logger = LoggerHook(loss, steps_done, examples * place.replicas.aggregated)
-    stop = StopHook(check)
-    place.wait()
-    try:
-      with _session(place, saver, [stop, logger, *place.hooks]) as session:
-        while not session.should_stop():
-          session.run(train_op)
-    except tf.errors.OpError as error:
-      check()  # If a file of the data set is the cause, this names it.
-      if 'HistogramSummary' in str(error):  # It draws only finite numbers.
-        raise UserError(_not_a_number('a gradient is not finite')) from error
-      raise
-    return _how_it_ended(place, logger, stop, saver)
+    with tf.Graph().as_default(), tf.device(task.device):
+      if FLAGS.seed is not None:  # Each worker draws images of its own.
+        tf.set_random_seed(FLAGS.seed + task.worker)
+      return _train(build, dataset, examples, task, checkpoint)
 
 
-def _session(place, saver, hooks):
-  """Starts a session, which restores the checkpoint that `checkpoint` names."""
-  config = tf.ConfigProto(
-      allow_soft_placement=True, device_filters=place.device_filters,
-      log_device_placement=FLAGS.log_device_placement)
-  if place.target:  # To fuse bfloat16 operations fails in a cluster.
-    rewriting = config.graph_options.rewrite_options
-    rewriting.remapping = rewriting.OFF
-  return tf.train.MonitoredTrainingSession(
-      place.target, place.is_chief, FLAGS.train_dir,
-      scaffold=tf.train.Scaffold(saver=saver),
-      save_checkpoint_secs=FLAGS.save_checkpoint_secs,
-      save_summaries_steps=FLAGS.save_summary_steps,
-      log_step_count_steps=FLAGS.save_summary_steps,
-      hooks=[tf.train.StopAtStepHook(last_step=FLAGS.max_steps)] + hooks,
-      config=config)
+def _train(build, dataset, examples, task, checkpoint):
+  """Builds the graph and runs it; see `run_training`."""
+  examples_per_step = examples * task.num_workers
+  global_step = tf.train.get_or_create_global_step()
+  train_op, loss = build(
+      dataset, training_recipe(dataset, examples_per_step), global_step)
+  with tf.name_scope('train'), tf.control_dependencies([train_op]):
+    steps_done = tf.identity(global_step.read_value(), name='steps_done')
+  if checkpoint:
+    check_checkpoint(checkpoint, {v.op.name: v for v in tf.global_variables()})
+  if task.is_chief:
+    _tidy_train_dir()
+    write_run()
+  logger = LoggerHook(loss, steps_done, examples_per_step, FLAGS.log_frequency)
+  signals = []  # Those that came.
+  handle_signals(signals.append)
+  try:
+    with _session(checkpoint, task, logger) as session:
+      while not session.should_stop() and not signals:
+        session.run(train_op)
+  except (tf.errors.OpError, ValueError) as error:
+    _explain(error, dataset)
+    raise
+  if signals and logger.step < FLAGS.max_steps:
+    say('Stopped by %s%s: the same command continues.' % (
+        signals[0].name, ' with a checkpoint' if task.is_chief else ''))
+    return 128 + signals[0]
+  if logger.step < FLAGS.max_steps:
+    raise UserError('the input ended at step %d: has a file of the data set '
+                    'changed?' % logger.step)
+  return 0
+
+
+def _session(checkpoint, task, logger):
+  """Starts a session, which first restores a checkpoint if there is one."""
+  saver = tf.train.Saver(
+      max_to_keep=FLAGS.max_to_keep,
+      save_relative_paths=True)  # So that --train_dir may be moved.
+  scaffold = tf.train.Scaffold(saver=saver)
+  task.config.allow_soft_placement = True
+  task.config.log_device_placement = FLAGS.log_device_placement
+  hooks = [tf.train.StopAtStepHook(last_step=FLAGS.max_steps), *task.hooks,
+           logger]
+  if not task.is_chief:
+    return tf.train.MonitoredSession(tf.train.WorkerSessionCreator(
+        scaffold, task.target, task.config), hooks)
+  if checkpoint:  # The saver is to remove older ones, as it adds new ones.
+    older = list(checkpoints(FLAGS.train_dir).values())
+    saver.recover_last_checkpoints(older[:older.index(checkpoint) + 1])
+  return tf.train.MonitoredSession(
+      tf.train.ChiefSessionCreator(
+          scaffold, task.target, task.config,
+          checkpoint_filename_with_path=checkpoint),
+      hooks + [
+          tf.train.CheckpointSaverHook(
+              FLAGS.train_dir, FLAGS.save_checkpoint_secs, scaffold=scaffold),
+          tf.train.SummarySaverHook(
+              FLAGS.save_summary_steps, output_dir=FLAGS.train_dir,
+              scaffold=scaffold),
+          tf.train.StepCounterHook(
+              FLAGS.save_summary_steps, output_dir=FLAGS.train_dir)])
+
+
+def _explain(error, dataset):
+  """Raises a UserError if it is known what an error comes from."""
+  cifar10_input.check_files(
+      dataset, cifar10.data_folder(dataset), dataset.train_files)
+  if not tf.io.gfile.isdir(FLAGS.train_dir):
+    raise UserError(
+        '--train_dir=%s was removed.' % FLAGS.train_dir) from error
+  if 'summary histogram' in str(error):  # It takes finite numbers only.
+    raise UserError(_not_finite('a gradient')) from error
+
+
+def _not_finite(what):
+  return ('%s is not finite. The last good checkpoint in %s is older: start '
+          'again to try from there; if it comes back, look at the data, lower '
+          'the learning rate, or compute in float32.' % (what, FLAGS.train_dir))
+
+
+class LoggerHook(tf.train.SessionRunHook):
+  """Prints loss and speed now and then, and refuses a loss that is not finite.
+
+  `step` is the number of steps done, by all workers of a cluster together.
+
+  Args:
+    loss: scalar float32.
+    steps_done: scalar int64, read after the step.
+    examples_per_step: int.
+    log_frequency: int, steps from one line to the next.
+  """
+
+  def __init__(self, loss, steps_done, examples_per_step, log_frequency):
+    self._fetches = [loss, steps_done]
+    self._examples_per_step = examples_per_step
+    self._log_frequency = log_frequency
+
+  def after_create_session(self, session, coord):
+    self.step = self._last_line = session.run(tf.train.get_global_step())
+    # The first multiple that is not behind us.
+    self._next_line = math.ceil(self.step / self._log_frequency) * (
+        self._log_frequency)
+    self._last_time = time.time()
+
+  def before_run(self, run_context):
+    return tf.train.SessionRunArgs(self._fetches)
+
+  def after_run(self, run_context, run_values):
+    loss_value, self.step = run_values.results
+    step = self.step - 1  # People count from 0.
+    if not math.isfinite(loss_value):
+      raise UserError(_not_finite('the loss at step %d' % step))
+    if step < self._next_line:
+      return
+    secs = (time.time() - self._last_time) / max(1, self.step - self._last_line)
+    say('%s: step %d, loss = %.2f (%.1f examples/sec; %.3f sec/batch)' % (
+        datetime.now(), step, loss_value, self._examples_per_step / secs, secs))
+    self._last_line, self._last_time = self.step, time.time()
+    self._next_line = (step // self._log_frequency + 1) * self._log_frequency
+
+  def end(self, session):
+    self.step = session.run(tf.train.get_global_step())
+
+
+# What a run leaves in its folder, and how that is found again. All of it goes
+# through TensorFlow's file systems, so the folder may be a URL.
+
+_RUN_FILE = 'run.json'
+_SHAPING_FLAGS = ('dataset', 'model', 'image_size')
+_ADOPTED_FLAGS = _SHAPING_FLAGS + ('data_dir', 'use_bfloat16', 'use_fp16')
+
+
+def write_run():
+  """Writes all flags, and versions, to --train_dir."""
+  flags = FLAGS.flags_by_module_dict()
+  values = {flag.name: flag.value
+            for module in _modules() for flag in flags[module]}
+  values['data_dir'] = os.path.abspath(os.path.expanduser(FLAGS.data_dir))
+  with tf.io.gfile.GFile(os.path.join(FLAGS.train_dir, _RUN_FILE), 'w') as f:
+    json.dump({
+        'flags': values,
+        'versions': {'tensorflow': tf.version.VERSION, 'numpy': np.__version__,
+                     'python': sys.version.split()[0]}}, f, indent=1)
+
+
+def read_run(folder):
+  """Returns the flags of the run in a folder, none if they are not known."""
+  try:
+    with tf.io.gfile.GFile(os.path.join(folder, _RUN_FILE)) as f:
+      return json.load(f)['flags']
+  except (tf.errors.OpError, ValueError, KeyError, TypeError):
+    return {}
+
+
+def check_run():
+  """Raises a UserError if the run in --train_dir is not what the flags say."""
+  run = read_run(FLAGS.train_dir)
+  fixed = _SHAPING_FLAGS + ('recipe',)
+  schedule = FLAGS.learning_rate_schedule
+  if schedule != 'staircase' and run.get('learning_rate_schedule') == schedule:
+    fixed += ('max_steps',)  # The learning rate would jump.
+  for name in fixed:
+    value = FLAGS[name].value
+    if run.get(name, value) != value:
+      raise UserError(
+          '%s was trained with --%s=%s, not %s: give it that flag again, or '
+          'name another --train_dir.'
+          % (FLAGS.train_dir, name, run[name], value))
+
+
+def adopt_run(folder):
+  """Makes what the run in a folder was trained with the flags' defaults."""
+  run = read_run(folder)
+  for name in _ADOPTED_FLAGS:
+    if name in run:
+      FLAGS.set_default(name, run[name])
+
+
+_INDEX = re.compile(r'model\.ckpt-(\d+)\.index')
+_REST = re.compile(r'model\.ckpt-(\d+)\.(meta|data-\d+-of-\d+)')
+_OTHER_FILES = re.compile(
+    r'checkpoint|run\.json|graph\.pbtxt|events\.out\.tfevents\..*')
+_UNFINISHED = re.compile(
+    r'(checkpoint|graph\.pbtxt|model\.ckpt-\d+\.(index|meta|data-\d+-of-\d+))'
+    r'\.(tempstate\d+|tmp[0-9a-f]{32})')
+
+
+def checkpoints(folder):
+  """Returns the checkpoints in a folder, paths by steps, the oldest first.
+
+  The files tell, not the file `checkpoint` that lists them: that may be lost,
+  behind them, or of another run. An index comes last when TensorFlow writes a
+  checkpoint, and goes first when it removes one.
+  """
+  names = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
+  matches = filter(None, map(_INDEX.fullmatch, names))
+  steps = sorted(int(match[1]) for match in matches)
+  return {step: os.path.join(folder, 'model.ckpt-%d' % step) for step in steps}
+
+
+def latest_checkpoint(folder):
+  """Returns the newest acceptable checkpoint in a folder, or None."""
+  for step, checkpoint in reversed(checkpoints(folder).items()):
+    flaw = _find_flaw(checkpoint)
+    if not flaw:
+      return checkpoint
+    if step in checkpoints(folder):  # Otherwise it was removed just now.
+      say('%s is damaged and passed over: %s' % (checkpoint, flaw), sys.stderr)
+  return None
+
+
+def _find_flaw(checkpoint):
+  """Returns why a checkpoint is not acceptable, or None."""
+  try:
+    reader = tf.train.load_checkpoint(checkpoint)
+    for name in reader.get_variable_to_shape_map():
+      value = reader.get_tensor(name)  # Checks the CRC-32C of its bytes.
+      if value.dtype.kind == 'f' and not np.isfinite(value).all():
+        return '%s is not finite' % name
+  except (tf.errors.PermissionDeniedError, tf.errors.ResourceExhaustedError):
+    raise  # It need not be damaged.
+  except Exception as error:  # An IndexError, for a file that was cut.
+    return what_went_wrong(error)
+  return None
+
+
+def check_checkpoint(checkpoint, variables):
+  """Finds out before a session does that a checkpoint is not of this network.
+
+  Args:
+    checkpoint: its path, without a suffix.
+    variables: dict from a name in the checkpoint to the variable to restore.
+
+  Raises:
+    UserError: it lacks a variable, or has another shape or type.
+  """
+  reader = tf.train.load_checkpoint(checkpoint)
+  shapes = reader.get_variable_to_shape_map()
+  dtypes = reader.get_variable_to_dtype_map()
+  for name, variable in variables.items():
+    there, here = shapes.get(name, 'missing'), variable.shape.as_list()
+    if there == here:
+      there, here = dtypes[name].name, variable.dtype.base_dtype.name
+    if there != here:
+      raise UserError(
+          '%s does not fit the network: %s is %s there and %s here.'
+          % (checkpoint, name, there, here))
 
 
 def _checkpoint_to_continue():
   """Returns the checkpoint in --train_dir to go on from, or None."""
   if FLAGS.overwrite:
     return None
-  checkpoint = cifar10.latest_checkpoint(FLAGS.train_dir)
-  if checkpoint is None and cifar10.checkpoints(FLAGS.train_dir):
+  checkpoint = latest_checkpoint(FLAGS.train_dir)
+  if checkpoint:
+    check_run()
+  elif checkpoints(FLAGS.train_dir):
     raise UserError('no checkpoint in --train_dir=%s is whole: --overwrite '
                     'starts anew.' % FLAGS.train_dir)
   return checkpoint
 
 
-def _already_trained(checkpoint):
-  """Says where training starts. Returns whether nothing is left to do."""
-  if checkpoint is None:
-    return False
+def _is_trained(checkpoint):
+  """Returns whether nothing is left to do, and says where training starts."""
   step = tf.train.load_variable(checkpoint, tf.GraphKeys.GLOBAL_STEP)
   if step < FLAGS.max_steps:
-    print('Continuing from %s.' % checkpoint, flush=True)
+    say('Continuing from %s.' % checkpoint)
     return False
-  print('%s is trained for %d steps already: %s--overwrite starts anew.' % (
+  say('%s is trained for %d steps already: %s--overwrite starts anew.' % (
       checkpoint, step, 'a larger --max_steps trains on, '
       if FLAGS.learning_rate_schedule == 'staircase' else ''))
   return True
 
 
-def _tidy(checkpoint):
-  """Makes --train_dir ready, when all else has turned out well.
+def _tidy_train_dir():
+  """Removes what a killed save left, and all of a run with --overwrite.
 
-  What a killed save left is removed, and with --overwrite all that this suite
-  writes, but nothing else. The file `checkpoint` names the one to restore.
+  Files that this suite does not write stay.
   """
-  if FLAGS.overwrite:
-    _remove(r'checkpoint|run\.json|graph\.pbtxt|events\.out\.tfevents\..*|'
-            r'model\.ckpt-\d+\.(index|meta|data-\d+-of-\d+)')
-  _remove_remains()
-  cifar10.write_run(FLAGS.train_dir)
-  if checkpoint:
-    paths = cifar10.checkpoints(FLAGS.train_dir)
-    names = [os.path.basename(path)
-             for path in paths[:paths.index(checkpoint) + 1]]
-    # The session restores what this file says, and no other. (For a relative
-    # folder, TensorFlow would make a relative path of a name.)
-    tf.train.update_checkpoint_state(
-        os.path.abspath(FLAGS.train_dir), names[-1], names[-FLAGS.max_to_keep:])
-
-
-def _remove_remains():
-  """Removes files of checkpoints that were never finished."""
-  whole = map(os.path.basename, cifar10.checkpoints(FLAGS.train_dir))
-  _remove(r'(checkpoint|graph\.pbtxt)\.tmp[0-9a-f]{32}|'
-          r'model\.ckpt-\d+\.(index|meta|data-\d+-of-\d+)'
-          r'\.(tempstate\d+|tmp[0-9a-f]{32})|'
-          r'model\.ckpt-(?!(%s)\.)\d+\.(meta|data-\d+-of-\d+)'
-          % '|'.join(name.split('-')[1] for name in whole))
-
-
-def _remove(pattern):
-  for name in os.listdir(FLAGS.train_dir):
+  whole = checkpoints(FLAGS.train_dir)
+  for name in tf.io.gfile.listdir(FLAGS.train_dir):
     path = os.path.join(FLAGS.train_dir, name)
-    if re.fullmatch(pattern, name) and os.path.isfile(path):
-      os.remove(path)
+    rest = _REST.fullmatch(name)
+    is_remains = _UNFINISHED.fullmatch(name) or (
+        rest and int(rest[1]) not in whole)
+    is_ours = rest or _INDEX.fullmatch(name) or _OTHER_FILES.fullmatch(name)
+    if ((is_remains or is_ours and FLAGS.overwrite)
+        and not tf.io.gfile.isdir(path)):
+      tf.io.gfile.remove(path)
 
 
-class Saver(tf.train.Saver):
-  """Saves no checkpoint of numbers that are none, and outlives a full disk.
-
-  `failure` is why the last checkpoint could not be written, or None.
-  """
-
-  failure = None
-
-  def __init__(self):
-    # Relative paths, so that train_dir may be moved.
-    super().__init__(
-        max_to_keep=FLAGS.max_to_keep, save_relative_paths=True,
-        keep_checkpoint_every_n_hours=FLAGS.keep_checkpoint_every_n_hours)
-    self._are_finite = tf.reduce_all([
-        tf.reduce_all(tf.is_finite(variable))
-        for variable in tf.global_variables() if variable.dtype.is_floating])
-
-  def save(self, sess, *arguments, **options):
-    if not sess.run(self._are_finite):
-      raise UserError(_not_a_number('a variable is not finite'))
-    try:
-      checkpoint = super().save(sess, *arguments, **options)
-      self.failure = None
-      return checkpoint
-    except (OSError, ValueError, tf.errors.OpError) as error:
-      # (A ValueError if the folder is gone.)
-      self.failure = cifar10.what_went_wrong(error)
-      say('A checkpoint could not be written: %s' % self.failure, sys.stderr)
-      with contextlib.suppress(OSError):
-        _remove_remains()
+# Flags. A script defines its own before it parses them, and no others: so
+# evaluation refuses what only training knows.
 
 
-def _not_a_number(what):
-  return ('%s. The last checkpoint in %s is older: start again to try from '
-          'there; if it comes back, look at the data, or compute in float32.'
-          % (what, FLAGS.train_dir))
+class _FolderParser(tf.flags.ArgumentParser):
+  """Makes of a flag a folder that TensorFlow can write to: a path or a URL."""
+
+  def parse(self, argument):
+    scheme = re.match(r'(\w+)://', argument)
+    if scheme and scheme[1] not in tf.io.gfile.get_registered_schemes():
+      raise ValueError('TensorFlow knows no file system %s://' % scheme[1])
+    if re.search(r'[][*?]', argument) or os.sep == '/' and '\\' in argument:
+      raise ValueError(r'must do without * ? [ ] \, which mean something else '
+                       'to TensorFlow')
+    if scheme and scheme[1] != 'file':
+      return argument
+    return os.path.abspath(os.path.expanduser(argument.replace('file://', '')))
 
 
-class LoggerHook(tf.train.SessionRunHook):
-  """Prints loss and speed every --log_frequency steps.
+class _DatasetParser(tf.flags.ArgumentParser):
+  """Takes the name of a known data set, or the path of a folder."""
+  syntactic_help = '%s, or a folder with pictures' % ', '.join(
+      sorted(cifar10_input.DATASETS))
 
-  `step` is the number of steps done, by all workers of a cluster together.
-  """
-
-  def __init__(self, loss, steps_done, examples_per_step):
-    self._fetches = [loss, steps_done]
-    self._examples_per_step = examples_per_step
-
-  def after_create_session(self, session, coord):
-    self.step = self._line_step = session.run(tf.train.get_global_step())
-    self._line_time = time.time()
-
-  def before_run(self, run_context):
-    return tf.train.SessionRunArgs(self._fetches)
-
-  def after_run(self, run_context, run_values):
-    before, (loss_value, self.step) = self.step, run_values.results
-    if not math.isfinite(loss_value):
-      raise UserError(_not_a_number(
-          'the loss is %s at step %d' % (loss_value, self.step - 1)))
-    # Other workers may have done several steps meanwhile.
-    if -before // FLAGS.log_frequency != -self.step // FLAGS.log_frequency:
-      secs = (time.time() - self._line_time) / max(
-          1, self.step - self._line_step)
-      say('%s: step %d, loss = %.2f (%.1f examples/sec; %.3f sec/batch)' % (
-          datetime.now(), self.step - 1, loss_value,
-          self._examples_per_step / secs, secs))
-      self._line_step, self._line_time = self.step, time.time()
-
-  def end(self, session):
-    self.step = session.run(tf.train.get_global_step())
+  def parse(self, argument):
+    folder = os.path.abspath(os.path.expanduser(argument))
+    if argument not in cifar10_input.DATASETS and not os.path.isdir(folder):
+      raise ValueError('must be ' + self.syntactic_help)
+    return argument if argument in cifar10_input.DATASETS else folder
 
 
-class StopHook(tf.train.SessionRunHook):
-  """Ends the session after the step in which something came up.
-
-  `signum` is the signal that came, or None; `error` is what `check()`, called
-  once a second, raised. `disk_was_full` does not end it: that may pass, but
-  TensorFlow says nothing of the summaries that it loses meanwhile.
-  """
-
-  signum = error = None
-  disk_was_full = False
-
-  def __init__(self, check):
-    self._check = check
-    self._next_check = 0
-
-  def begin(self):
-    cifar10.handle_signals(lambda signum: setattr(self, 'signum', signum))
-
-  def after_run(self, run_context, run_values):
-    if time.time() >= self._next_check:
-      self._next_check = time.time() + 1
-      try:
-        self._check()
-      except UserError as error:
-        self.error = error
-      if not self.error and not self.disk_was_full and _is_disk_full():
-        self.disk_was_full = True
-        say('The disk of --train_dir=%s is full.' % FLAGS.train_dir, sys.stderr)
-    if self.signum or self.error:
-      run_context.request_stop()
+def define_folder(name, default, help):
+  """Defines a flag for a folder of a run: a path, or a URL."""
+  tf.flags.DEFINE(_FolderParser(), name, default, help)
 
 
-def _is_disk_full():
-  disk = os.statvfs(FLAGS.train_dir)
-  free = disk.f_bfree if os.geteuid() == 0 else disk.f_bavail
-  return disk.f_blocks > 0 and free == 0  # Some file systems count nothing.
+def define_data_flags():
+  """Defines what all scripts know of data and network."""
+  tf.flags.DEFINE(
+      _DatasetParser(), 'dataset', 'cifar10', 'What to learn from: %s with your '
+      'own in train/CLASS/ and test/CLASS/. (synthetic is generated.)'
+      % _DatasetParser.syntactic_help)
+  tf.flags.DEFINE_string(
+      'data_url', None, 'Where to download the archive of the data set from '
+      '(http, https or file) instead of the place where it is published.')
+  tf.flags.DEFINE_string(
+      'data_sha256', None, 'Its checksum, if it is not the published archive.')
+  tf.flags.DEFINE_enum(
+      'model', 'default', ['default', 'local'], 'The network: with two fully '
+      'connected layers, or with two locally connected ones.')
+  tf.flags.DEFINE_integer(
+      'image_size', cifar10.IMAGE_SIZE, 'How many of the 32 pixels of each side '
+      'of a picture the network sees.', lower_bound=8, upper_bound=32)
+  tf.flags.DEFINE_boolean(
+      'use_bfloat16', False, 'Compute activations in bfloat16, on GPUs and on '
+      'CPUs with AVX512-BF16 or AMX; variables and losses stay in float32.')
+  tf.flags.mark_bool_flags_as_mutual_exclusive(['use_fp16', 'use_bfloat16'])
+  tf.flags.register_validator(
+      'data_url', lambda url: not url or re.match('(https?|file)://', url),
+      'must start with http://, https:// or file://')
+  tf.flags.register_validator(
+      'data_sha256',
+      lambda sha256: not sha256 or re.fullmatch('[0-9a-fA-F]{64}', sha256),
+      'must be 64 hexadecimal digits')
 
 
-def _how_it_ended(place, logger, stop, saver):
-  """Returns the exit code, or raises what the user must know."""
-  if stop.error:
-    raise stop.error
-  if saver.failure:
-    raise UserError('the last checkpoint could not be written: %s. Those '
-                    'before it are as they were; make room, and start again.'
-                    % saver.failure)
-  if stop.disk_was_full:
-    raise UserError('the checkpoint of step %d is whole, but summaries may be '
-                    'lost: the disk of --train_dir=%s was full.'
-                    % (logger.step, FLAGS.train_dir))
-  if stop.signum and logger.step < FLAGS.max_steps:
-    say('Stopped by %s%s: the same command continues.' % (
-        stop.signum.name, ' with a checkpoint' if place.is_chief else ''))
-    return 128 + stop.signum
-  if logger.step < FLAGS.max_steps:
-    place.check()
-    raise UserError('the input ended at step %d: has a file of the data set '
-                    'changed?' % logger.step)
-  return 0
+def define_flags():
+  """Defines the flags of training."""
+  define_data_flags()
+
+  # The run.
+  define_folder('train_dir', '/tmp/cifar10_train',
+                'Where checkpoints and event files are written.')
+  tf.flags.DEFINE_boolean(
+      'overwrite', False, 'Start anew: remove the checkpoints and event files '
+      'of an earlier run in --train_dir.')
+  tf.flags.DEFINE_integer(
+      'max_steps', 100000, 'Steps to train for, those of earlier runs '
+      'included.', lower_bound=1)
+  tf.flags.DEFINE_integer(
+      'log_frequency', 10, 'Steps from one line on the console to the next.',
+      lower_bound=1)
+  tf.flags.DEFINE_integer(
+      'save_summary_steps', 100, 'Steps from one set of summaries to the next.',
+      lower_bound=1)
+  tf.flags.DEFINE_integer(
+      'save_checkpoint_secs', 600, 'Seconds from one checkpoint to the next.',
+      lower_bound=1)
+  tf.flags.DEFINE_integer(
+      'max_to_keep', 5, 'How many of the latest checkpoints are kept; 0 keeps '
+      'all.', lower_bound=0)
+  tf.flags.DEFINE_boolean(
+      'log_device_placement', False, 'Show which device each operation is on.')
+
+  # The recipe.
+  tf.flags.DEFINE_enum(
+      'recipe', 'original', list(cifar10.RECIPES),
+      'Changes the defaults of other flags' + ''.join(
+          '; %s: %s' % (recipe, ' '.join(
+              '--%s=%s' % setting for setting in settings.items()))
+          for recipe, settings in cifar10.RECIPES.items() if settings))
+  tf.flags.DEFINE_float(
+      'learning_rate', cifar10.INITIAL_LEARNING_RATE, 'At the first step.',
+      lower_bound=0.0)
+  tf.flags.DEFINE_enum(
+      'learning_rate_schedule', 'staircase', ['staircase', 'linear', 'cosine'],
+      'How it falls: tenfold every 350 epochs, or to zero at --max_steps.')
+  tf.flags.DEFINE_float(
+      'momentum', 0.0, "Nesterov's, of the gradients.", lower_bound=0.0,
+      upper_bound=1.0)
+  tf.flags.DEFINE_float(
+      'weight_decay', cifar10.WEIGHT_DECAY,
+      'Factor of the L2 losses of local3 and local4.', lower_bound=0.0)
+  tf.flags.DEFINE_float(
+      'moving_average_decay', cifar10.MOVING_AVERAGE_DECAY, 'Of the averages of '
+      'the variables, which are evaluated.', lower_bound=0.0, upper_bound=1.0)
+
+  # The input, and chance.
+  tf.flags.DEFINE_float(
+      'min_fraction_of_examples_in_queue',
+      cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE, 'How much of an epoch is '
+      'in the shuffle queue when it is drawn from.', lower_bound=0.0,
+      upper_bound=1.0)
+  tf.flags.DEFINE_integer(
+      'seed', None, 'Draw the same initial weights in each run.', lower_bound=0,
+      upper_bound=2 ** 31 - 1)
+  tf.flags.DEFINE_boolean(
+      'deterministic', False, 'With --seed, do all else the same in each run, '
+      'too: it ends with the same variables, byte for byte.')
+  tf.flags.register_multi_flags_validator(
+      ['deterministic', 'seed'],
+      lambda flags: flags['seed'] is not None or not flags['deterministic'],
+      '--deterministic needs a --seed')
 
 
-# Where it is trained: on one machine, or by the tasks of a TensorFlow cluster.
+# How a script starts and ends.
 
 
-class OneMachine:
-  """All of it in this process.
+def run(main, define_flags, takes_arguments=False):
+  """Parses the flags, runs a script's `main(argv)` and exits with its result.
 
-  Attributes:
-    worker: int, which of all workers this is; the chief is number 0.
-    replicas: the `cifar10.Replicas` that do a step together.
-    target: str, what a session connects to.
-    device: where operations go, for `tf.device`.
-    device_filters: list of the devices that a session sees, all if empty.
-    hooks: list of hooks that a session must have.
-  """
-
-  worker = 0
-  replicas = cifar10.ALONE
-  target = ''
-  device = None
-  device_filters = ()
-  hooks = ()
-
-  @property
-  def is_chief(self):
-    return self.worker == 0
-
-  def lock(self):
-    """Locks --train_dir if it is ours; see `cifar10_input.locked`."""
-    if self.is_chief:
-      return cifar10_input.locked(FLAGS.train_dir, 'train_dir')
-    return contextlib.nullcontext(lambda: True)
-
-  def run(self, train):
-    """Calls a function that trains. Returns the exit code, as that does."""
-    return train()
-
-  def wait(self):
-    """Waits until a session can begin."""
-
-  def check(self):
-    """Raises a UserError if something outside of this process is amiss."""
-
-
-class Cluster(OneMachine):
-  """One task of a cluster, and what it knows of the others.
-
-  Parameter servers (ps) hold the variables. The chief and the workers compute,
-  each on batches of its own; the chief also initializes, saves and summarizes.
-  The workers' graphs differ in the names of devices only. A thread watches
-  whether those tasks are there without which this one cannot go on.
+  What a user can mend, and what the system refuses, is one line on stderr:
+  exit code 2 for flags, 1 for all else. Ctrl-C gives 130, SIGTERM 143, and a
+  terminal that is closed 129.
 
   Args:
-    jobs: dict from each job to the addresses of its tasks.
-    job, index: which of the tasks this process is.
+    main: function of the arguments that are no flags; returns the exit code.
+    define_flags: function that defines the script's flags.
+    takes_arguments: whether there may be such arguments.
   """
-
-  def __init__(self, jobs, job, index):
-    if job == 'evaluator':
-      raise UserError('TF_CONFIG says that this is the evaluator, which is '
-                      'cifar10_eval.py.')
-    self._addresses = {'%s %d' % (name, i): address
-                       for name, addresses in jobs.items()
-                       for i, address in enumerate(addresses)}
-    self._servers = [task for task in self._addresses if task[:2] == 'ps']
-    self._workers = sorted(set(self._addresses) - set(self._servers),
-                           key=lambda task: (task[0] == 'w', len(task), task))
-    self._task = '%s %d' % (job, index)
-    self.worker = (self._workers + [self._task]).index(self._task)
-    if FLAGS.backup_workers >= len(self._workers):
-      raise UserError('--backup_workers=%d is all of the %d workers.'
-                      % (FLAGS.backup_workers, len(self._workers)))
-    if FLAGS.sync_replicas:
-      self.replicas = cifar10.Replicas(
-          len(self._workers) - FLAGS.backup_workers, len(self._workers))
-    spec, mine = tf.train.ClusterSpec(jobs), '/job:%s/task:%d' % (job, index)
-    self.device_filters = ['/job:ps', mine]
-    self.device = tf.train.replica_device_setter(
-        worker_device=mine, cluster=spec, ps_strategy=_by_size(len(jobs['ps'])))
-    self._server = self._start_server(spec, job, index)
-    self.target = self._server.target
-    self._hook, = self.hooks = [ReplicaHook(self.is_chief)]
-    self._missing = {}  # Tasks that are not there, and since when.
-    self._error = None
-    self._ended = False
-
-  def _start_server(self, spec, job, index):
-    try:
-      with socket.socket() as port:  # TensorFlow would not say which it is.
-        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        port.bind(('', int(self._addresses[self._task].rpartition(':')[2])))
-      return tf.train.Server(spec, job, index)
-    except (OSError, tf.errors.OpError) as error:
-      raise UserError('TF_CONFIG: %s cannot listen: %s.' % (
-          self._name(self._task), cifar10.what_went_wrong(error))) from error
-
-  def _name(self, task):
-    return '%s at %s' % (task, self._addresses[task])
-
-  def run(self, train):
-    self._signals, wakeup = os.pipe()
-    os.set_blocking(wakeup, False)
-    signal.set_wakeup_fd(wakeup)
-    threading.Thread(target=self._watch, daemon=True).start()
-    if self._task in self._servers:
-      return self._serve()
-    code = train()
-    self._ended = True
-    if code == 0:
-      self._say_done()
-    return code
-
-  def wait(self):
-    while not all(self._is_there(server) for server in self._servers):
-      self.check()
-      time.sleep(0.2)
-    if self.is_chief:
-      return
-    uninitialized = tf.report_uninitialized_variables(tf.global_variables())
-    with self._session() as session:  # TensorFlow would look every 30 s.
-      while session.run(uninitialized).size:
-        self.check()
-        time.sleep(0.2)
-
-  def check(self):
-    if self._error:
-      raise self._error
-
-  def _session(self):
-    return tf.Session(self.target, config=tf.ConfigProto(
-        device_filters=self.device_filters))
-
-  def _is_there(self, task):
-    return cifar10.is_listening(self._addresses[task])
-
-  # What a parameter server does, until all workers have told it that they are
-  # done. (TensorFlow's own `Server.join` never returns.)
-
-  def _serve(self):
-    say('%s serves variables.' % self._name(self._task))
-    done, deadline = set(), math.inf
-    with tf.Graph().as_default(), self._session() as session:
-      queue = self._done_queue(self._task)
-      arrivals = queue.dequeue_many(queue.size())
-      while len(done) < len(self._workers) and time.time() < deadline:
-        self.check()
-        done.update(session.run(arrivals))
-        if 0 in done:  # A worker that was killed will not come any more.
-          deadline = min(deadline, time.time() + 5)
-        time.sleep(0.1)
-    return 0
-
-  def _say_done(self):
-    for server in filter(self._is_there, self._servers):
-      with contextlib.suppress(tf.errors.OpError), tf.Graph().as_default(), \
-          self._session() as session:
-        session.run(self._done_queue(server).enqueue(self.worker),
-                    options=tf.RunOptions(timeout_in_ms=5000))
-
-  def _done_queue(self, server):
-    with tf.device('/job:%s/task:%s' % tuple(server.split())):
-      return tf.FIFOQueue(len(self._workers), tf.int32, [], shared_name='done')
-
-  # What the thread does.
-
-  def _watch(self):
-    code, deadline = 1, math.inf
-    while not self._ended:
-      if select.select([self._signals], [], [], 1)[0]:
-        code = 128 + os.read(self._signals, 1)[0]
-      if (self._error or code > 1) and deadline == math.inf:
-        deadline = time.time() + 15
-        self._hook.wake_all()  # The main thread may be waiting for others.
-      if time.time() > deadline:
-        cifar10.fail(code, self._error or 'stopped by a signal.')
-      self._look_around()
-      if self._hook.idle_secs() > 10 and self.is_chief and not self._missing:
-        self._hook.wake_all()  # A worker that was killed had the last token.
-
-  def _look_around(self):
-    needed = self._needed()
-    self._missing = {task: since for task, since in self._missing.items()
-                     if task in needed and not self._is_there(task)}
-    for task in needed:
-      if task not in self._missing and not self._is_there(task):
-        self._missing[task] = time.time()
-        say('Waiting for %s.' % self._name(task))
-    for task, since in self._missing.items():
-      secs = time.time() - since
-      if task in self._servers and self._hook.session and secs > 3:
-        cifar10.fail(1, '%s is gone, and the variables with it: start all '
-                     'tasks again.' % self._name(task))
-      if secs > FLAGS.cluster_timeout_secs and not self._error:
-        self._error = UserError(
-            '%s did not come in --cluster_timeout_secs=%d.'
-            % (self._name(task), FLAGS.cluster_timeout_secs))
-
-  def _needed(self):
-    """Returns the tasks without which this one cannot go on."""
-    if self._task in self._servers:
-      return self._workers[:1]
-    if self._hook.idle_secs() < 3:
-      return self._servers
-    if not self.is_chief:
-      return self._servers + self._workers[:1]
-    return self._servers + self._workers[1:] * FLAGS.sync_replicas
+  handle_signals(_interrupt)
+  try:
+    argv = _parse_flags(define_flags)
+    if argv[1:] and not takes_arguments:
+      raise tf.flags.Error('what is %r? Flags look like --name=value' % argv[1])
+    _leave(main(argv))
+  except tf.flags.Error as error:
+    fail(2, str(error).replace('\n', '; '))
+  except (UserError, OSError, tf.errors.OpError) as error:
+    fail(1, what_went_wrong(error))
+  except KeyboardInterrupt as interruption:
+    signum, = interruption.args
+    fail(128 + signum, 'stopped by %s.' % signum.name)
 
 
-class ReplicaHook(tf.train.SessionRunHook):
-  """Lets replicas do their steps together, if they are synchronous.
+def _parse_flags(define_flags):
+  """Returns the arguments that are no flags. With --help, shows that."""
+  define_flags()
+  tf.flags.DEFINE_boolean('help', False, 'Show this.', short_name='h')
+  try:
+    argv = FLAGS(sys.argv)
+  except ValueError as error:  # As for --norun_once=1.
+    raise tf.flags.Error(error) from error
+  if FLAGS.help:
+    say(sys.modules['__main__'].__doc__)
+    say('\n'.join(map(FLAGS.module_help, _modules())))
+    _leave(0)
+  if 'recipe' in FLAGS:
+    for name, value in cifar10.RECIPES[FLAGS.recipe].items():
+      FLAGS.set_default(name, value)
+  return argv
 
-  A replica that has computed a gradient waits for a token, which is there when
-  enough gradients are, and tells it the step to compute the next one for.
-  Gradients for earlier steps are dropped; so a token too many does no harm.
+
+def _modules():
+  """Returns absl's names of the modules of our flags, the script's first."""
+  return [module for module in reversed(FLAGS.flags_by_module_dict())
+          if os.path.basename(module).startswith('cifar10')]
+
+
+def fail(code, message):
+  """Ends the process with one line on stderr."""
+  say('%s: %s' % (os.path.basename(sys.argv[0]), message), sys.stderr)
+  _leave(code)
+
+
+def _leave(code):
+  if os.environ.get('TF_CONFIG'):  # A server would keep Python from its exit.
+    sys.stdout.flush()
+    os._exit(code or 0)
+  sys.exit(code)
+
+
+def handle_signals(handler):
+  """Calls a handler at the first signal to end; a second ends the process."""
+  def handle_once(signum, frame):
+    signal.signal(signum, signal.SIG_DFL)
+    handler(signal.Signals(signum))
+
+  signal.signal(signal.SIGINT, handle_once)
+  signal.signal(signal.SIGTERM, handle_once)
+  # Windows has no SIGHUP, and nohup ignores it with reason.
+  sighup = getattr(signal, 'SIGHUP', None)
+  if sighup and signal.getsignal(sighup) != signal.SIG_IGN:
+    signal.signal(sighup, handle_once)
+
+
+def _interrupt(signum):
+  raise KeyboardInterrupt(signum)
+
+
+def cluster_config():
+  """Returns what TF_CONFIG says of a cluster, or None if it says nothing.
+
+  A cluster of one task that computes is one machine, and trains as one.
+
+  Raises:
+    UserError: it cannot be read, or this process is to be the evaluator.
   """
-
-  def __init__(self, is_chief):
-    self._is_chief = is_chief
-    self.session = self._optimizer = None
-    self._last_time = time.time()
-
-  def idle_secs(self):
-    """Returns the time since the last step of this replica."""
-    return time.time() - self._last_time
-
-  def begin(self):
-    self._global_step = tf.train.get_global_step()
-    for self._optimizer in tf.get_collection(cifar10.SYNC_REPLICAS):
-      self._tokens = self._optimizer.get_init_tokens_op()
-      update, = self._optimizer.get_chief_queue_runner().enqueue_ops
-      with tf.control_dependencies([update]):
-        self._update = tf.identity(self._global_step.read_value())
-
-  def after_create_session(self, session, coord):
-    if self.session:  # TensorFlow would go on with a session of new variables.
-      raise UserError('a parameter server was lost, and the variables with it: '
-                      'start all tasks again.')
-    self.session = session
-    if session.run(self._global_step) >= FLAGS.max_steps:
-      coord.request_stop()  # All is done: another step would wait for ever.
-    if self._optimizer:
-      session.run(self._optimizer.chief_init_op if self._is_chief
-                  else self._optimizer.local_step_init_op)
-      if self._is_chief:
-        threading.Thread(target=self._update_repeatedly, daemon=True).start()
-
-  def _update_repeatedly(self):
-    # The optimizer's queue runner would close the queue of tokens at the end,
-    # which a chief that is started again could not open.
-    with contextlib.suppress(tf.errors.OpError, RuntimeError):
-      while self.session.run(self._update) < FLAGS.max_steps:
-        pass
-
-  def after_run(self, run_context, run_values):
-    self._last_time = time.time()
-
-  def end(self, session):
-    if self._is_chief:
-      self.wake_all()
-
-  def wake_all(self):
-    """Gives each replica a token, so that none waits for one."""
-    self._last_time = time.time()
-    if self.session and self._optimizer:
-      with contextlib.suppress(tf.errors.OpError, RuntimeError):
-        self.session.run(self._tokens)
-
-
-def _by_size(num_servers):
-  """Returns a function that places a variable on the emptiest server."""
-  bytes_on = [0] * num_servers
-
-  def place(operation):
-    server = bytes_on.index(min(bytes_on))
-    shape = tf.TensorShape(operation.get_attr('shape'))
-    bytes_on[server] += (shape.num_elements() or 1) * 4
-    return server
-
-  return place
+  try:
+    config = json.loads(os.environ.get('TF_CONFIG') or '{}')
+    cluster = dict(config.get('cluster') or {})
+    job = dict(config.get('task') or {}).get('type')
+  except (AttributeError, TypeError, ValueError) as error:
+    raise UserError('TF_CONFIG cannot be read: %s' % error) from error
+  if job == 'evaluator':
+    raise UserError('TF_CONFIG says that this is the evaluator, which is '
+                    'cifar10_eval.py.')
+  computing = [cluster.pop(name, []) for name in ('chief', 'master', 'worker')]
+  cluster.pop('evaluator', None)
+  is_alone = not any(cluster.values()) and sum(map(len, computing)) <= 1
+  return None if is_alone else config
 
 
 def main(argv=None):
+  if cluster_config():
+    raise UserError('TF_CONFIG describes a cluster, on which '
+                    'cifar10_multi_gpu_train.py trains.')
   return train()
 
 
 if __name__ == '__main__':
-  cifar10.run(main)
+  run(main, define_flags)

@@ -4,12 +4,11 @@ All five modules are imported into one process, because importing TensorFlow is
 what costs most. Only what a user sees of a process (exit codes, a clean
 console, signals) is tested on processes of its own.
 """
-import contextlib
 import dataclasses
 import faulthandler
-import importlib
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -22,17 +21,26 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
+import tensorflow.compat.v1 as tf
+
 import cifar10
-import cifar10_input
-from cifar10_input import tf
+import cifar10_eval
+import cifar10_multi_gpu_train
+import cifar10_train
 
 FLAGS = tf.flags.FLAGS
-
-SCRIPTS = ('cifar10_train', 'cifar10_multi_gpu_train', 'cifar10_eval')
-
-for _script in SCRIPTS:
-  importlib.import_module(_script)
 FLAGS(['test'])
+
+SCRIPTS = (cifar10_train, cifar10_multi_gpu_train, cifar10_eval)
+
+# The lines that people parse, to the letter.
+STEP_LINE = re.compile(
+    r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}: step (\d+), loss = (\d+\.\d\d) '
+    r'\((\d+\.\d) examples/sec; (\d+\.\d{3}) sec/batch\)')
+PRECISION_LINE = re.compile(
+    r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}: precision @ 1 = ([01]\.\d{3})')
+CORRECT_LINE = re.compile(r'(\d+)/(\d+) correct at step (\d+)')
 
 # nohup ignores SIGHUP, also in what is started below it.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -48,132 +56,163 @@ def fresh_start():
   handlers = {
       s: signal.getsignal(s)
       for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-  values = FLAGS.flag_values_dict()
+  states = {name: {**vars(FLAGS[name]), 'validators': FLAGS[name].validators[:]}
+            for name in FLAGS}
   with tf.Graph().as_default():
     tf.set_random_seed(1)
     yield
-  for name, value in values.items():
-    FLAGS[name].value, FLAGS[name].using_default_value = value, True
+  _forget_flags(states)
   for signum, handler in handlers.items():
     signal.signal(signum, handler)
   faulthandler.cancel_dump_traceback_later()
 
 
-@pytest.fixture
-def set_flags():
-  """Function that sets flags until the test ends."""
-  def set_flags(**values):
-    for name, value in values.items():
-      setattr(FLAGS, name, value)
-  return set_flags
+def _forget_flags(states):
+  """Removes the flags of scripts, and takes back what was done to others."""
+  for name in set(FLAGS) - set(states):
+    delattr(FLAGS, name)
+  for name, state in states.items():
+    vars(FLAGS[name]).update(state)
 
 
-@pytest.fixture
-def session():
-  """Function that starts a session with all queues running."""
-  with contextlib.ExitStack() as stack:
-    def start():
-      config = tf.ConfigProto(operation_timeout_in_ms=60000)
-      return stack.enter_context(tf.train.MonitoredSession(
-          tf.train.ChiefSessionCreator(config=config)))
-    yield start
+def parse_flags(script, *flags):
+  """Defines the flags of a script and parses some, until the test ends."""
+  sys.argv = ['script.py', *flags]
+  cifar10_train._parse_flags(script.define_flags)
 
 
 # Data.
 
 
-def _dataset(**changes):
-  return dataclasses.replace(
-      cifar10_input.SYNTHETIC, name='tiny', folder='tiny-batches-bin',
-      **{'train_files': {'first.bin': 150, 'second.bin': 100},
-         'eval_files': {'test.bin': 70}, **changes})
+TINY = dataclasses.replace(
+    cifar10_input.SYNTHETIC, folder='tiny-batches-bin',
+    train_files={'first.bin': 150, 'second.bin': 100},
+    eval_files={'test.bin': 70})
+
+# Its records have two label bytes, as those of CIFAR-100.
+TWO_LABELS = dataclasses.replace(
+    TINY, label_bytes=2, label_byte=1,
+    classes=tuple('class %d' % i for i in range(100)))
 
 
 @pytest.fixture(scope='session')
-def tiny():
-  """A data set of a few hundred records."""
-  return _dataset()
-
-
-@pytest.fixture(scope='session')
-def two_labels():
-  """One whose records have two label bytes, as those of CIFAR-100."""
-  return _dataset(
-      label_bytes=2, label_byte=1,
-      classes=tuple('class %d' % i for i in range(100)))
-
-
-@pytest.fixture(scope='session')
-def tiny_dir(tmp_path_factory, tiny):
-  """A data directory with the generated pictures of `tiny`."""
-  return _generate(tiny, tmp_path_factory.mktemp('tiny'))
+def tiny_dir(tmp_path_factory):
+  """A data directory with the generated pictures of `TINY`."""
+  data_dir = tmp_path_factory.mktemp('tiny')
+  cifar10_input.maybe_download_and_extract(TINY, str(data_dir))
+  return data_dir
 
 
 @pytest.fixture(scope='session')
 def synthetic_dir(tmp_path_factory):
   """A data directory with the synthetic data set."""
-  return _generate(
-      cifar10_input.SYNTHETIC, tmp_path_factory.mktemp('synthetic'))
-
-
-def _generate(dataset, data_dir):
-  cifar10_input.maybe_download_and_extract(dataset, str(data_dir))
+  data_dir = tmp_path_factory.mktemp('synthetic')
+  cifar10_input.maybe_download_and_extract(
+      cifar10_input.SYNTHETIC, str(data_dir))
   return data_dir
 
 
 @pytest.fixture
-def use_tiny(monkeypatch, set_flags, tiny, tiny_dir):
-  """Makes --dataset=synthetic mean `tiny`, in small batches."""
-  monkeypatch.setitem(cifar10_input.DATASETS, 'synthetic', tiny)
-  set_flags(dataset='synthetic', data_dir=str(tiny_dir), batch_size=8)
+def tiny_flags(monkeypatch, tiny_dir):
+  """Flags with which a script in this process works on `TINY`."""
+  monkeypatch.setitem(cifar10_input.DATASETS, 'synthetic', TINY)
+  return ['--dataset=synthetic', '--data_dir=%s' % tiny_dir, '--batch_size=8']
 
 
-@pytest.fixture(scope='session')
-def write_coded():
-  """Function that writes pictures which tell the number of their record.
+def write_random(dataset, folder):
+  """Writes random records. Returns labels and pictures of each file."""
+  random = np.random.default_rng(0)
+  os.makedirs(folder, exist_ok=True)
+  written = {}
+  for name, size in dataset.files.items():
+    records = random.integers(
+        0, 256, (size, dataset.record_bytes), dtype=np.uint8)
+    records[:, dataset.label_byte] = random.integers(
+        0, len(dataset.classes), size)
+    records.tofile(os.path.join(folder, name))
+    written[name] = records[:, dataset.label_byte], np.moveaxis(
+        records[:, dataset.label_bytes:].reshape(size, 3, 32, 32), 1, 3)
+  return written
+
+
+def write_coded(dataset, folder):
+  """Writes pictures which tell the number of their record. Returns the folder.
 
   Record i of all files has the label i % 10. Its red is 0, its green i, its
   blue 250: no distortion changes where green lies between red and blue.
   """
-  def write_coded(dataset, folder):
-    os.makedirs(folder, exist_ok=True)
-    start = 0
-    for name, size in dataset.files.items():
-      numbers = np.arange(start, start + size) % 250
-      start += size
-      records = np.zeros([size, dataset.record_bytes], np.uint8)
-      records[:, dataset.label_bytes - 1] = numbers % 10
-      planes = records[:, dataset.label_bytes:].reshape(size, 3, -1)
-      planes[:, 1] = numbers[:, np.newaxis]
-      planes[:, 2] = 250
-      records.tofile(os.path.join(folder, name))
-    return str(folder)
-  return write_coded
+  os.makedirs(folder, exist_ok=True)
+  start = 0
+  for name, size in dataset.files.items():
+    numbers = np.arange(start, start + size) % 250
+    start += size
+    records = np.zeros([size, dataset.record_bytes], np.uint8)
+    records[:, dataset.label_byte] = numbers % 10
+    planes = records[:, dataset.label_bytes:].reshape(size, 3, -1)
+    planes[:, 1] = numbers[:, np.newaxis]
+    planes[:, 2] = 250
+    records.tofile(os.path.join(folder, name))
+  return str(folder)
 
 
-@pytest.fixture(scope='session')
-def decode():
-  """Function that gives the numbers of the records which images show."""
-  def decode(images):
-    red, green, blue = np.moveaxis(images.mean(axis=(1, 2)), 1, 0)
-    return np.rint(250 * (green - red) / (blue - red)).astype(int)
-  return decode
+def read_codes(images):
+  """Returns the numbers of the records that images of `write_coded` show."""
+  red, green, blue = np.moveaxis(images.mean(axis=(1, 2)), 1, 0)
+  return np.rint(250 * (green - red) / (blue - red)).astype(int)
 
 
-# The scripts as commands.
+def run_queues():
+  """Returns a session of the graph with all queues running."""
+  config = tf.ConfigProto(operation_timeout_in_ms=60000)
+  return tf.train.MonitoredSession(tf.train.ChiefSessionCreator(config=config))
 
 
-def _environment():
-  # cifar10_input has silenced TensorFlow's log for this process and those that
-  # inherit from it: the scripts must manage without that.
-  environment = {**os.environ, 'PYTHONUNBUFFERED': '1'}
-  environment.pop('TF_CPP_MIN_LOG_LEVEL', None)
-  return environment
+def contents(folder):
+  """Returns all files below a folder but locks: contents by relative path."""
+  folder = pathlib.Path(folder)
+  return {str(path.relative_to(folder)): path.read_bytes()
+          for path in folder.rglob('*')
+          if path.name != '.lock' and (path.is_file() or path.is_symlink())}
 
 
-def _command(script, flags):
-  path = script if os.path.isabs(script) else str(ROOT / (script + '.py'))
-  return [sys.executable, path] + list(flags)
+# The scripts.
+
+
+@pytest.fixture
+def call_script(monkeypatch, capfd):
+  """Function that runs a script in this process: code, stdout and stderr."""
+  def call_script(script, *flags):
+    monkeypatch.setattr(sys, 'argv', ['script.py', *flags])
+    states = {
+        name: {**vars(FLAGS[name]), 'validators': FLAGS[name].validators[:]}
+        for name in FLAGS}
+    capfd.readouterr()
+    try:
+      with pytest.raises(SystemExit) as exit_info, tf.Graph().as_default():
+        cifar10_train.run(script.main, script.define_flags,
+                          takes_arguments=script is cifar10_eval)
+    finally:
+      _forget_flags(states)
+    stdout, stderr = capfd.readouterr()
+    return types.SimpleNamespace(
+        code=exit_info.value.code or 0, stdout=stdout, stderr=stderr)
+  return call_script
+
+
+@pytest.fixture
+def train(call_script, tiny_flags, tmp_path):
+  """Function that trains on `TINY` in tmp_path / 'run', in this process."""
+  return lambda *flags: call_script(
+      cifar10_train, *tiny_flags, '--train_dir=%s' % (tmp_path / 'run'),
+      '--log_frequency=1', *flags)
+
+
+@pytest.fixture
+def evaluate(call_script, tiny_flags, tmp_path):
+  """Function that evaluates that run on `TINY`, in this process."""
+  return lambda *flags: call_script(
+      cifar10_eval, *tiny_flags, '--checkpoint_dir=%s' % (tmp_path / 'run'),
+      '--eval_dir=%s' % (tmp_path / 'eval'), *flags)
 
 
 @pytest.fixture(scope='session')
@@ -186,11 +225,16 @@ def start_script(tmp_path_factory):
   processes = []
 
   def start_script(script, *flags, **environment):
+    path = script if os.path.isabs(script) else str(ROOT / (script + '.py'))
+    # cifar10_input has silenced TensorFlow's log for this process and those
+    # that inherit from it: the scripts must manage without that.
+    inherited = {**os.environ, 'PYTHONUNBUFFERED': '1'}
+    inherited.pop('TF_CPP_MIN_LOG_LEVEL', None)
     folder = tmp_path_factory.mktemp('console')
     stdout_path, stderr_path = folder / 'stdout', folder / 'stderr'
     with open(stdout_path, 'w') as stdout, open(stderr_path, 'w') as stderr:
       process = subprocess.Popen(
-          _command(script, flags), env={**_environment(), **environment},
+          [sys.executable, path, *flags], env={**inherited, **environment},
           cwd=str(folder), stdin=subprocess.DEVNULL, stdout=stdout,
           stderr=stderr)
     process.stdout_path, process.stderr_path = stdout_path, stderr_path
@@ -203,73 +247,56 @@ def start_script(tmp_path_factory):
     process.wait()
 
 
-@pytest.fixture(scope='session')
-def finish():
-  """Function that waits for a started script: its code, stdout and stderr."""
-  def finish(process):
-    process.wait(timeout=120)
-    return types.SimpleNamespace(
-        code=process.returncode, stdout=process.stdout_path.read_text(),
-        stderr=process.stderr_path.read_text())
-  return finish
+def finish(process):
+  """Waits for a started script: its code, stdout and stderr."""
+  process.wait(timeout=120)
+  return types.SimpleNamespace(
+      code=process.returncode, stdout=process.stdout_path.read_text(),
+      stderr=process.stderr_path.read_text())
+
+
+def wait_until(process, condition):
+  """Waits for a condition while a started script runs."""
+  for _ in range(1200):
+    if condition():
+      return
+    assert process.poll() is None, process.stderr_path.read_text()
+    time.sleep(0.1)
+  pytest.fail('it did not happen')
 
 
 @pytest.fixture(scope='session')
-def wait_until():
-  """Function that waits for a condition while a started script runs."""
-  def wait_until(process, condition):
-    for _ in range(1200):
-      if condition():
-        return
-      assert process.poll() is None, process.stderr_path.read_text()
-      time.sleep(0.1)
-    pytest.fail('it did not happen')
-  return wait_until
-
-
-@pytest.fixture(scope='session')
-def run_script(start_script, finish):
-  """Function that runs a script to its end: its code, stdout and stderr."""
-  return lambda script, *flags: finish(start_script(script, *flags))
-
-
-@pytest.fixture
-def call_script(monkeypatch, capfd):
-  """Function that runs a `main` in this process as `cifar10.run` does."""
-  def call_script(main, *flags, name='script.py'):
-    monkeypatch.setattr(sys, 'argv', [name] + list(flags))
-    known = set(FLAGS)
-    capfd.readouterr()
-    try:
-      with pytest.raises(SystemExit) as exit_info:
-        cifar10.run(main)
-    finally:
-      for name in set(FLAGS) - known:
-        delattr(FLAGS, name)
-    stdout, stderr = capfd.readouterr()
-    return types.SimpleNamespace(
-        code=exit_info.value.code or 0, stdout=stdout, stderr=stderr)
-  return call_script
-
-
-@pytest.fixture(scope='session')
-def trained(run_script, synthetic_dir, tmp_path_factory):
+def trained(start_script, synthetic_dir, tmp_path_factory):
   """A run of cifar10_train.py over eleven steps, and its train_dir."""
   train_dir = tmp_path_factory.mktemp('trained')
-  run = run_script(
+  run = finish(start_script(
       'cifar10_train', '--dataset=synthetic', '--data_dir=%s' % synthetic_dir,
       '--train_dir=%s' % train_dir, '--batch_size=8', '--max_steps=11',
-      '--log_frequency=5', '--save_summary_steps=5')
+      '--log_frequency=5', '--save_summary_steps=5'))
   run.train_dir = train_dir
   return run
 
 
-@pytest.fixture
-def events():
-  """Function that gives the events of a folder as (step, tag, value)."""
-  def events(folder):
-    return [(event.step, value.tag, value)
-            for path in sorted(pathlib.Path(folder).glob('events.out.*'))
-            for event in tf.train.summary_iterator(str(path))
-            for value in event.summary.value]
-  return events
+def is_one_line(run, *parts):
+  """Whether a run failed as a user's mistake does, naming the parts."""
+  return (run.code == 1 and run.stderr.count('\n') == 1
+          and all(str(part) in run.stderr for part in parts))
+
+
+def printed_steps(stdout):
+  """Returns the steps of all lines that tell one."""
+  return [int(STEP_LINE.fullmatch(line)[1])
+          for line in stdout.splitlines() if ': step ' in line]
+
+
+def newest_step(folder):
+  """Returns the step of the newest checkpoint in a folder, or None."""
+  return max(cifar10_train.checkpoints(str(folder)), default=None)
+
+
+def events(folder):
+  """Returns the events of a folder as (step, tag, value)."""
+  return [(event.step, value.tag, value)
+          for path in sorted(pathlib.Path(folder).glob('events.out.*'))
+          for event in tf.train.summary_iterator(str(path))
+          for value in event.summary.value]
