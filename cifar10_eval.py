@@ -356,14 +356,15 @@ def _run():
   return checkpoint, _dataset()
 
 
-def _classify(images, dataset):
-  """Returns probabilities [batch, classes] for images [batch, 32, 32, 3]."""
+def _classify(planes, dataset):
+  """Returns probabilities [batch, classes] for pictures [batch, 3, 32, 32]."""
   return _probabilities(
-      cifar10_input.crop_views(images, _views(), FLAGS.image_size), dataset)
+      cifar10_input.crop_views(planes, _views(), FLAGS.image_size), dataset)
 
 
-def _signature(input_, images, dataset):
-  probabilities = _classify(images, dataset)
+def _signature(input_, planes, dataset):
+  planes.set_shape([None, 3, 32, 32])
+  probabilities = _classify(planes, dataset)
   return tf.saved_model.predict_signature_def(
       {input_.op.name: input_},
       {'probabilities': probabilities,

@@ -375,8 +375,8 @@ def _convert_pictures(listing, dataset, downloads, folder):
     for part, label, path, *_ in listing:
       try:
         with open(path, 'rb') as f:
-          image, = session.run(fitted, {contents: f.read()})
-        records[part].append((label, image.transpose(2, 0, 1)))
+          planes, = session.run(fitted, {contents: f.read()})
+        records[part].append((label, planes))
       except (OSError, tf.errors.OpError):
         say('Skipped %s: it is no picture.' % path)
   if not all(records.values()):
@@ -400,7 +400,7 @@ def fit(images):
     images: [batch, height, width, 3], 0 to 255, of any type.
 
   Returns:
-    float32 [batch, 32, 32, 3], whole numbers from 0 to 255. Pictures that have
+    float32 [batch, 3, 32, 32], whole numbers from 0 to 255. Pictures that have
     this size already stay as they are.
   """
   size = tf.constant([HEIGHT, WIDTH], tf.float32)
@@ -410,7 +410,7 @@ def fit(images):
       images=tf.cast(images, tf.float32), size=[HEIGHT, WIDTH],
       scale=[scale, scale], translation=(size - scale * shape) / 2,
       kernel_type='triangle', antialias=True)
-  return tf.round(tf.clip_by_value(fitted, 0, 255))
+  return tf.transpose(tf.round(tf.clip_by_value(fitted, 0, 255)), [0, 3, 1, 2])
 
 
 def _write_synthetic(dataset, downloads, folder):
@@ -743,14 +743,14 @@ TEN_VIEWS = tuple(
     for down, right in [(0, 0), (-2, -2), (-2, 2), (2, -2), (2, 2)])
 
 
-def crop_views(images, views=CENTRAL_VIEW, image_size=None):
+def crop_views(planes, views=CENTRAL_VIEW, image_size=None):
   """Crops and standardizes pictures as evaluation shows them to the network.
 
   Krizhevsky et al. 2012, section 4.1, average over five crops and their mirror
   images. Theirs are in the corners, but of 24 pixels, nearer ones did better.
 
   Args:
-    images: [batch, 32, 32, 3], 0 to 255, of any type.
+    planes: [batch, 3, 32, 32], 0 to 255, of any type.
     views: what to make of each picture, `CENTRAL_VIEW` or `TEN_VIEWS`.
     image_size: int, how much to leave of each side; by default IMAGE_SIZE.
 
@@ -763,9 +763,10 @@ def crop_views(images, views=CENTRAL_VIEW, image_size=None):
   for down, right, flip in views:
     top, left = (min(max(room // 2 + shift, 0), room)
                  for shift in (down, right))
-    crop = images[:, top:top + image_size, left:left + image_size]
-    crops.append(crop[:, :, ::-1] if flip else crop)
-  return tf.image.per_image_standardization(tf.concat(crops, axis=0))
+    crop = planes[:, :, top:top + image_size, left:left + image_size]
+    crops.append(crop[..., ::-1] if flip else crop)
+  standardized = tf.image.per_image_standardization(tf.concat(crops, axis=0))
+  return tf.transpose(standardized, [0, 2, 3, 1])
 
 
 # The two inputs of the network.
@@ -852,6 +853,5 @@ def inputs(eval_data, data_dir, batch_size, dataset=None, image_size=None,
         4 * max(batch_size, _RECORDS_PER_READ), [tf.string], [[]], name='queue')
     _fill(queue, paths, dataset, shuffle=False)
     planes, labels = parse_records(queue.dequeue_many(batch_size), dataset)
-    images = tf.transpose(tf.cast(planes, tf.float32), [0, 2, 3, 1])
-    images = crop_views(images, views, image_size)
+    images = crop_views(planes, views, image_size)
   return images, labels
