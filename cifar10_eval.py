@@ -10,9 +10,9 @@ beside the training, or after it. If the training has taken all memory of a GPU,
 CUDA_VISIBLE_DEVICES= puts the evaluation on the CPU.
 """
 import csv
-import dataclasses
 from datetime import datetime
 import heapq
+import math
 import operator
 import os
 import sys
@@ -27,7 +27,8 @@ import cifar10
 import cifar10_train
 from cifar10_input import UserError, say, what_went_wrong
 
-FLAGS = tf.flags.FLAGS
+flags = tf.flags
+FLAGS = flags.FLAGS
 
 NUM_MISTAKES = 10  # The surest ones, that TensorBoard shows.
 
@@ -37,94 +38,78 @@ def evaluate():
   evaluation = None
   for checkpoint in _checkpoints():
     if evaluation is None:  # Now there is a run, so it is known what of.
-      evaluation = build_evaluation()
+      evaluation = Evaluation()
     try:
       eval_once(checkpoint, evaluation)
     except tf.errors.NotFoundError:
       if checkpoint in cifar10_train.checkpoints(FLAGS.checkpoint_dir).values():
         raise
-      say('%s was removed before its evaluation.' % checkpoint)
+      say(f'{checkpoint} was removed before its evaluation.')
   return 0
 
 
 def _checkpoints():
-  """Yields the latest checkpoint and then new ones, up to that of the last step.
-  """
+  """Yields the latest checkpoint, then new ones up to that of the last step."""
   folder = FLAGS.checkpoint_dir
-  listed = evaluated = None
-  since = time.time()
   if not FLAGS.run_once and not cifar10_train.checkpoints(folder):
-    say('Waiting for a checkpoint in %s.' % folder)
+    say(f'Waiting for a checkpoint in {folder}.')
+  listed = evaluated = None
+  next_time = 0
   while True:
-    found, checkpoint = cifar10_train.checkpoints(folder), evaluated
-    if found != listed:  # To look into the same ones again would cost time.
-      listed, checkpoint = found, cifar10_train.latest_checkpoint(folder)
-    if checkpoint != evaluated:
-      start = time.time()
-      yield checkpoint
-      evaluated = checkpoint
-      if FLAGS.run_once or _is_last(checkpoint):
-        return
-      while not _run_has_ended() and (
-          time.time() < start + FLAGS.eval_interval_secs):
-        time.sleep(min(1, FLAGS.eval_interval_secs))
-      since = time.time()
-    elif FLAGS.run_once or 0 < FLAGS.eval_timeout_secs < time.time() - since:
-      break
-    else:
-      time.sleep(1)
-  if evaluated is None:
-    raise _no_checkpoint()
+    steps = cifar10_train.checkpoints(folder)
+    last_step = cifar10_train.read_run(folder).get('max_steps', math.inf)
+    is_complete = FLAGS.run_once or max(steps, default=0) >= last_step
+    if is_complete and steps == listed:
+      return
+    if steps != listed and (is_complete or time.time() >= next_time):
+      listed = steps
+      checkpoint = (_latest_checkpoint() if is_complete
+                    else cifar10_train.latest_checkpoint(folder))
+      if checkpoint != evaluated:
+        evaluated = checkpoint
+        next_time = time.time() + FLAGS.eval_interval_secs
+        yield checkpoint
+        if FLAGS.run_once:
+          return
+    time.sleep(1)
 
 
-def _run_has_ended():
-  """Returns whether there is a checkpoint of the step that a run ends with."""
-  max_steps = cifar10_train.read_run(FLAGS.checkpoint_dir).get('max_steps')
-  steps = cifar10_train.checkpoints(FLAGS.checkpoint_dir)
-  return max_steps is not None and max(steps, default=0) >= max_steps
+def _latest_checkpoint():
+  checkpoint = cifar10_train.latest_checkpoint(FLAGS.checkpoint_dir)
+  if checkpoint is None:
+    raise UserError(f'no whole checkpoint in --checkpoint_dir='
+                    f'{FLAGS.checkpoint_dir}: cifar10_train.py writes them.')
+  return checkpoint
 
 
-def _is_last(checkpoint):
-  """Returns whether no newer checkpoint than this one is to be expected."""
-  return _run_has_ended() and checkpoint == cifar10_train.latest_checkpoint(
-      FLAGS.checkpoint_dir)
-
-
-def _no_checkpoint():
-  waited = ' in --eval_timeout_secs=%d' % FLAGS.eval_timeout_secs
-  return UserError(
-      'no whole checkpoint in --checkpoint_dir=%s%s: cifar10_train.py writes '
-      'them.' % (FLAGS.checkpoint_dir, waited if FLAGS.eval_timeout_secs else ''))
-
-
-@dataclasses.dataclass
 class Evaluation:
-  """The graph that evaluates, and what belongs to it."""
-  graph: tf.Graph
-  dataset: cifar10_input.Dataset
-  files: dict          # Number of examples in each file, in reading order.
-  fetches: list        # Images, labels, probabilities of a batch; summaries.
-  variables: dict      # Those to restore, by their names in a checkpoint.
-  scaffold: tf.train.Scaffold
-  writer: tf.summary.FileWriter
+  """The graph that evaluates the run in --checkpoint_dir.
 
+  graph: `tf.Graph`.
+  dataset: `cifar10_input.Dataset`.
+  files: dict, number of examples in each file, in the order of reading.
+  fetches: images, labels, probabilities of a batch, and a summary.
+  variables: dict of those to restore, by their names in a checkpoint.
+  scaffold: `tf.train.Scaffold`, which restores them.
+  writer: `tf.summary.FileWriter`.
+  """
 
-def build_evaluation():
-  """Returns an `Evaluation` of the run in --checkpoint_dir."""
-  dataset = _dataset()
-  is_test = FLAGS.eval_data == 'test'
-  with tf.Graph().as_default() as graph:
-    with tf.device('/cpu:0'):
-      images, labels = cifar10.inputs(
-          is_test, dataset, image_size=FLAGS.image_size, views=_views())
-    probabilities = _probabilities(images, dataset)
-    central = images[:FLAGS.batch_size]  # To show mistakes with.
-    variables = _variables()
-    return Evaluation(
-        graph, dataset, dataset.eval_files if is_test else dataset.train_files,
-        [central, labels, probabilities, tf.summary.merge_all()], variables,
-        tf.train.Scaffold(saver=tf.train.Saver(variables)),
-        tf.summary.FileWriter(FLAGS.eval_dir, graph))
+  def __init__(self):
+    self.dataset = _dataset()
+    self.files = (self.dataset.eval_files if FLAGS.eval_data == 'test'
+                  else self.dataset.train_files)
+    self.graph = tf.Graph()
+    with self.graph.as_default():
+      with tf.device('/cpu:0'):
+        images, labels = cifar10.inputs(
+            FLAGS.eval_data == 'test', self.dataset,
+            image_size=FLAGS.image_size, views=_views())
+      central = images[:FLAGS.batch_size]  # To show mistakes with.
+      probabilities = _probabilities(images, self.dataset)
+      self.fetches = [central, labels, probabilities, tf.summary.merge_all()]
+      self.variables = _variables()
+      self.scaffold = tf.train.Scaffold(saver=tf.train.Saver(self.variables))
+    self.writer = tf.summary.FileWriter(FLAGS.eval_dir, self.graph)
 
 
 def _dataset():
@@ -194,8 +179,8 @@ def eval_once(checkpoint, evaluation):
       outcome.add(*(values[:rest] for values in batch))
   # The input begins again when files end, also where they end too soon.
   cifar10_input.check_files(dataset, cifar10.data_folder(dataset), files)
-  say('%s: precision @ 1 = %.3f' % (datetime.now(), outcome.precision))
-  say('%d/%d correct at step %d' % (outcome.correct, outcome.total, step))
+  say(f'{datetime.now()}: precision @ 1 = {outcome.precision:.3f}')
+  say(f'{outcome.correct}/{outcome.total} correct at step {step}')
   outcome.print_classes(dataset.classes)
   if FLAGS.predictions_csv:
     outcome.write_csv(FLAGS.predictions_csv, files, dataset.classes)
@@ -230,17 +215,9 @@ class Outcome:
             (probabilities[i].max(), labels[i], predicted[i], images[i])
             for i in wrong], key=operator.itemgetter(0))
 
-  @property
-  def total(self):
-    return self.confusion.sum()
-
-  @property
-  def correct(self):
-    return self.confusion.trace()
-
-  @property
-  def precision(self):
-    return self.correct / self.total
+  total = property(lambda self: self.confusion.sum())
+  correct = property(lambda self: self.confusion.trace())
+  precision = property(lambda self: self.correct / self.total)
 
   def print_classes(self, classes):
     """Prints how many of each class were found, and how many finds hold."""
@@ -295,7 +272,7 @@ def _add_image(summary, tag, image):
 
 def predict(paths):
   """Prints the likeliest classes of picture files. Returns the exit code."""
-  checkpoint, dataset = _run()
+  checkpoint, dataset = _latest_checkpoint(), _dataset()
   exit_code = 0
   with tf.Graph().as_default(), tf.Session() as session:
     contents = tf.placeholder(tf.string, [])
@@ -305,16 +282,15 @@ def predict(paths):
       try:
         with tf.io.gfile.GFile(path, 'rb') as f:
           values = session.run(probabilities, {contents: f.read()})[0]
-      except tf.errors.InvalidArgumentError:
-        say('%s: is no JPEG, PNG, GIF or BMP file' % path, sys.stderr)
+      except tf.errors.OpError as error:
         exit_code = 1
-      except (OSError, tf.errors.OpError) as error:
-        say(what_went_wrong(error), sys.stderr)
-        exit_code = 1
-      else:
-        best = values.argsort()[::-1][:3]
-        say('%s: %s' % (path, ', '.join(
-            '%s %.3f' % (dataset.classes[i], values[i]) for i in best)))
+        is_decoder = isinstance(error, tf.errors.InvalidArgumentError)
+        say(f'{path}: is no JPEG, PNG, GIF or BMP file' if is_decoder
+            else what_went_wrong(error), sys.stderr)
+        continue
+      best = values.argsort()[::-1][:3]
+      say(f'{path}: ' + ', '.join(
+          f'{dataset.classes[i]} {values[i]:.3f}' for i in best))
   return exit_code
 
 
@@ -325,9 +301,9 @@ def export(folder):
   3]; `encoded` takes `encoded`, the strings [batch] of picture files. Both give
   `probabilities`, float32 [batch, classes], and `classes`, int64 [batch].
   """
-  checkpoint, dataset = _run()
+  checkpoint, dataset = _latest_checkpoint(), _dataset()
   if tf.io.gfile.exists(folder):
-    raise UserError('--export_dir=%s exists already: name a new one.' % folder)
+    raise UserError(f'--export_dir={folder} exists already: name a new one.')
   with tf.Graph().as_default(), tf.Session() as session:
     images = tf.placeholder(tf.uint8, [None, None, None, 3], 'images')
     encoded = tf.placeholder(tf.string, [None], 'encoded')
@@ -344,16 +320,8 @@ def export(folder):
     builder.add_meta_graph_and_variables(
         session, [tf.saved_model.tag_constants.SERVING], signatures)
     builder.save()
-  say('%s is now %s.' % (checkpoint, folder))
+  say(f'{checkpoint} is now {folder}.')
   return 0
-
-
-def _run():
-  """Returns the latest checkpoint and the data set that its run is of."""
-  checkpoint = cifar10_train.latest_checkpoint(FLAGS.checkpoint_dir)
-  if checkpoint is None:
-    raise _no_checkpoint()
-  return checkpoint, _dataset()
 
 
 def _classify(planes, dataset):
@@ -384,44 +352,37 @@ def define_flags():
                               'Where the checkpoints are.')
   cifar10_train.define_folder('eval_dir', '/tmp/cifar10_eval',
                               'Where event files are written.')
-  tf.flags.DEFINE_enum(
+  flags.DEFINE_enum(
       'eval_data', 'test', ['test', 'train_eval'],
       'Which examples to evaluate on: those kept for it, or those of training.')
-  tf.flags.DEFINE_integer(
-      'num_examples', 10000, 'How many examples to evaluate on, or all if there '
-      'are fewer.', lower_bound=1)
-  tf.flags.DEFINE_boolean(
+  flags.DEFINE_integer('num_examples', 10000, 'How many examples to evaluate '
+                       'on, or all if there are fewer.', lower_bound=1)
+  flags.DEFINE_boolean(
       'run_once', False, 'Evaluate the latest checkpoint and end.')
-  tf.flags.DEFINE_integer(
+  flags.DEFINE_integer(
       'eval_interval_secs', 300, 'Seconds from the start of one evaluation to '
       'that of the next, at least.', lower_bound=0, upper_bound=10 ** 9)
-  tf.flags.DEFINE_integer(
-      'eval_timeout_secs', 0, 'End when no new checkpoint came for so long '
-      'after --eval_interval_secs; 0 waits for ever.', lower_bound=0)
-  tf.flags.DEFINE_boolean(
-      'use_moving_average', True, 'Evaluate the moving averages of the '
-      'variables, not the variables themselves.')
-  tf.flags.DEFINE_boolean(
-      'multiview', False, 'Average the probabilities over ten views of each '
-      'picture, five crops and their mirror images, also in what is exported: '
-      'better, at ten times the work.')
-  tf.flags.DEFINE_string(
+  flags.DEFINE_boolean('use_moving_average', True, 'Evaluate the moving '
+                       'averages of the variables, not the variables.')
+  flags.DEFINE_boolean(
+      'multiview', False, 'Average over ten views of each picture, five crops '
+      'and their mirror images: better, at ten times the work.')
+  flags.DEFINE_string(
       'predictions_csv', None, 'A file for the key, label and prediction of '
       'each example and the probability of each class.')
-  tf.flags.DEFINE_list(
+  flags.DEFINE_list(
       'predict', None, 'Say what is on these pictures instead: JPEG, PNG, GIF '
       'or BMP files of any size.')
   cifar10_train.define_folder(
-      'export_dir', None, 'Write the network as a SavedModel to this new folder '
-      'instead, with all that it does to pictures.')
+      'export_dir', None, 'Write the network as a SavedModel to this new '
+      'folder instead, with all that it does to pictures.')
 
 
 def main(argv=None):
   if FLAGS.predict:
     return predict(FLAGS.predict + argv[1:])
   if argv[1:]:
-    raise tf.flags.Error(
-        'what is %r? Flags look like --name=value' % argv[1])
+    raise flags.Error(f'what is {argv[1]!r}? Flags look like --name=value')
   return export(FLAGS.export_dir) if FLAGS.export_dir else evaluate()
 
 

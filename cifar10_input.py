@@ -3,14 +3,13 @@
     folder = maybe_download_and_extract(CIFAR10, '/tmp/cifar10_data')
     images, labels = distorted_inputs(folder, batch_size=128)
 
-A training batch takes the road that the tutorial teaches, one queue after
-another, each filled by threads that run beside the network:
+A training batch goes from queue to queue. Threads beside the network fill them:
 
     file names -> queue -> records -> shuffle queue -> distortion -> queue
 
-The shuffle queue holds records as they lie on disk, one string each. A batch is
-distorted after it has left that queue, all of its images at once, and then
-waits in the last queue, so that the network need not wait.
+The shuffle queue holds records as they lie on disk. A batch is distorted after
+it has left that queue, all of its images at once, and then waits in the last
+queue, so that the network need not wait.
 """
 import collections
 import contextlib
@@ -38,7 +37,6 @@ except ImportError:  # Windows has no such locks.
 
 import numpy as np
 
-
 # TensorFlow prints things before it reads any log setting. They are shown with
 # TF_CPP_MIN_LOG_LEVEL=0, as is which GPUs it found.
 _stderr = os.dup(2)
@@ -49,6 +47,7 @@ try:
   tf.config.list_physical_devices()
 finally:
   os.dup2(_stderr, 2)
+  os.close(_stderr)
 
 # Graphs, queues and sessions are what this suite teaches, so nobody needs to
 # read that TensorFlow calls them deprecated. Its step counter may read a step
@@ -155,8 +154,7 @@ def maybe_download_and_extract(dataset, data_dir, url=None, sha256=None):
     UserError: the data set is not there and cannot be had.
   """
   if '://' in data_dir:
-    raise UserError('--data_dir=%s is a URL: name a folder on a local disk.'
-                    % data_dir)
+    raise UserError(f'--data_dir={data_dir} is a URL: name a local folder.')
   data_dir = os.path.expanduser(data_dir)
   folder = os.path.join(data_dir, dataset.folder)
 
@@ -170,8 +168,8 @@ def maybe_download_and_extract(dataset, data_dir, url=None, sha256=None):
         if not is_there():  # Another process may have got it meanwhile.
           _get(dataset, folder, url, sha256)
       except OSError as error:
-        raise UserError('--data_dir=%s cannot hold the data set: %s'
-                        % (data_dir, error)) from error
+        raise UserError(f'--data_dir={data_dir} cannot hold the data set: '
+                        f'{error}') from error
   return folder
 
 
@@ -179,24 +177,23 @@ def maybe_download_and_extract(dataset, data_dir, url=None, sha256=None):
 def locked(folder, flag, wait=False):
   """Lets one process at a time into a folder, which is made if need be.
 
-  The system takes the lock back when the process ends, however it ends. The
-  file `.lock` stays: removing it could let two processes in. Folders behind a
-  URL and systems without `flock` do without a lock. A UserError names the flag
-  if the folder cannot be written to, or if another process has the lock and
-  `wait` is false.
+  The system takes the lock back when the process ends, however it ends; to
+  remove the file `.lock` could let two processes in. Folders behind a URL and
+  systems without `flock` do without. A UserError names the flag if the folder
+  cannot be written to, or another process has the lock and `wait` is false.
   """
+  flag = f'--{flag}={folder}'
   try:
     tf.io.gfile.makedirs(folder)
-    if fcntl is None or '://' in folder:
-      lock = contextlib.nullcontext()
-    else:
+    lock = contextlib.nullcontext()
+    if fcntl and '://' not in folder:
       lock = open(os.path.join(folder, '.lock'), 'a+')
   except (OSError, tf.errors.OpError) as error:
-    raise UserError('--%s=%s cannot be written to: %s'
-                    % (flag, folder, what_went_wrong(error))) from error
+    raise UserError(f'{flag} cannot be written to: '
+                    f'{what_went_wrong(error)}') from error
   with lock as file:
     if file:
-      _lock(file, '--%s=%s' % (flag, folder), wait)
+      _lock(file, flag, wait)
     yield
 
 
@@ -206,15 +203,15 @@ def _lock(file, flag, wait):
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     file.seek(0)
-    holder = 'process %s uses %s' % (file.read(), flag)
+    holder = f'process {file.read()} uses {flag}'
     if not wait:
-      raise UserError('%s: end it first, or name another folder.'
-                      % holder) from None
-    say('Waiting: %s.' % holder)
+      raise UserError(
+          f'{holder}: end it first, or name another folder.') from None
+    say(f'Waiting: {holder}.')
     fcntl.flock(file, fcntl.LOCK_EX)
   except OSError as error:  # Some file systems have no locks.
-    say('%s cannot be locked (%s): take care that no other process writes to '
-        'it.' % (flag, error.strerror))
+    say(f'{flag} cannot be locked ({error.strerror}): take care that no other '
+        'process writes to it.')
     return
   with contextlib.suppress(OSError):  # A full disk can do without the number.
     file.truncate(0)
@@ -254,7 +251,7 @@ def _download(name, url, sha256, partial):
   if os.path.isfile(archive):  # Perhaps put there by hand: it is checked, too.
     url = pathlib.Path(archive).absolute().as_uri()
   elif not sys.stdout.isatty():  # Instead of a bar, which a log would keep.
-    say('Downloading %s' % url)
+    say(f'Downloading {url}')
     tf.keras.utils.disable_interactive_logging()
   timeout = socket.getdefaulttimeout()
   socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_SECS)
@@ -264,10 +261,10 @@ def _download(name, url, sha256, partial):
         cache_dir=os.path.abspath(partial))
   except Exception as error:  # get_file raises nothing more precise.
     raise UserError(
-        '%s cannot be used: %s Name a mirror with --data_url, put the archive '
-        'in place as %s, accept another one with --data_sha256, or take '
-        '--dataset=synthetic, which needs no download.'
-        % (url, what_went_wrong(error), archive)) from error
+        f'{url} cannot be used: {what_went_wrong(error)} Name a mirror with '
+        f'--data_url, put the archive in place as {archive}, accept another '
+        'with --data_sha256, or take --dataset=synthetic, which needs none.'
+        ) from error
   finally:
     socket.setdefaulttimeout(timeout)
   os.replace(os.path.join(partial, name), archive)
@@ -277,8 +274,8 @@ def _download(name, url, sha256, partial):
 def _extract(dataset, archives, destination):
   """Extracts the data set's files, and nothing else that is in its archive."""
   archive, = archives
-  missing = {'%s/%s' % (dataset.folder, name): name for name in dataset.files}
-  say('Extracting %s' % archive)
+  missing = {f'{dataset.folder}/{name}': name for name in dataset.files}
+  say(f'Extracting {archive}')
   try:
     with tarfile.open(archive, 'r:gz') as tar:
       for member in tar:
@@ -288,11 +285,11 @@ def _extract(dataset, archives, destination):
             shutil.copyfileobj(tar.extractfile(member), f)
           del missing[member.name]
   except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-    raise UserError('%s cannot be extracted (%s): delete it and start again.'
-                    % (archive, error)) from error
+    raise UserError(f'{archive} cannot be extracted ({error}): delete it and '
+                    'start again.') from error
   for name in missing.values():
-    raise UserError('%s is not the archive of %s: it has no %s of %d bytes.' % (
-        archive, dataset.name, name, dataset.size_bytes(name)))
+    raise UserError(f'{archive} is not the archive of {dataset.name}: it has '
+                    f'no {name} of {dataset.size_bytes(name)} bytes.')
 
 
 def _convert_svhn(dataset, downloads, folder):
@@ -303,13 +300,13 @@ def _convert_svhn(dataset, downloads, folder):
     raise UserError('--dataset=svhn needs scipy to read its files: pip install '
                     'scipy.') from None
   for path, name in zip(downloads, dataset.files):
-    say('Converting %s' % path)
+    say(f'Converting {path}')
     try:
       contents = scipy.io.loadmat(path)
       images, labels = contents['X'], contents['y']
     except (OSError, ValueError, TypeError, KeyError) as error:
-      raise UserError('%s is not a file of SVHN (%s): delete it and start '
-                      'again.' % (path, error)) from error
+      raise UserError(f'{path} is not a file of SVHN ({error}): delete it and '
+                      'start again.') from error
     # X is [height, width, depth, n]. The digit 0 has the label 10.
     _write_records(os.path.join(folder, name), labels % 10,
                    images.transpose(3, 2, 0, 1))
@@ -343,14 +340,13 @@ def own_pictures(folder, data_dir):
       for path in sorted(pathlib.Path(folder, part, name).rglob('[!.]*'))
       if path.is_file()]
   if len(classes) < 2 or {row[0] for row in listing} != {'train', 'test'}:
-    raise UserError(
-        '--dataset=%s is no data set that is known by that name, nor a folder '
-        'with pictures in train/CLASS/ and test/CLASS/.' % folder)
+    raise UserError(f'--dataset={folder} has not the pictures that it takes to '
+                    'learn: in train/CLASS/ and test/CLASS/, of two classes.')
   # Another listing is another data set, and its records have another folder.
   digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
   title = os.path.basename(folder)
   dataset = Dataset(
-      name=folder, title=title, folder='%s-%s' % (title, digest),
+      name=folder, title=title, folder=f'{title}-{digest}',
       train_files={'train.bin': None}, eval_files={'test.bin': None},
       classes=tuple(classes),
       make=functools.partial(_convert_pictures, listing))
@@ -368,7 +364,7 @@ def own_pictures(folder, data_dir):
 def _convert_pictures(listing, dataset, downloads, folder):
   """Writes the records of picture files."""
   records = {'train': [], 'test': []}
-  say('Converting %d pictures of %s' % (len(listing), dataset.name))
+  say(f'Converting {len(listing)} pictures of {dataset.name}')
   with tf.Graph().as_default(), tf.Session() as session:
     contents = tf.placeholder(tf.string, [])
     fitted = decode(contents)
@@ -378,10 +374,10 @@ def _convert_pictures(listing, dataset, downloads, folder):
           planes, = session.run(fitted, {contents: f.read()})
         records[part].append((label, planes))
       except (OSError, tf.errors.OpError):
-        say('Skipped %s: it is no picture.' % path)
+        say(f'Skipped {path}: it is no picture.')
   if not all(records.values()):
-    raise UserError('--dataset=%s has no picture that can be read.'
-                    % dataset.name)
+    raise UserError(
+        f'--dataset={dataset.name} has no picture that can be read.')
   for part in records:
     labels, planes = map(np.array, zip(*records[part]))
     _write_records(os.path.join(folder, part + '.bin'), labels, planes)
@@ -415,7 +411,7 @@ def fit(images):
 
 def _write_synthetic(dataset, downloads, folder):
   """Writes pictures of `dataset.classes`, the same ones on every machine."""
-  say('Generating the %s data set.' % dataset.name)
+  say(f'Generating the {dataset.name} data set.')
   random = np.random.default_rng(seed=1)
   for name, num_examples in dataset.files.items():
     labels = random.integers(len(dataset.classes), size=num_examples)
@@ -534,19 +530,14 @@ DATASETS = {dataset.name: dataset
                             SYNTHETIC)}
 
 
-def own_dataset(*constants):
-  """Describes what a script with constants of its own reads.
-
-  Args:
-    constants: the numbers of classes, of examples to train on and of examples
-      to evaluate on that it has given to a module.
+def own_dataset(num_classes, num_train_examples, num_eval_examples):
+  """Describes the data of a script that has set a module's constants.
 
   Returns:
     A `Dataset` of files with CIFAR-10's names and any number of records, or
     None if the constants are still those of CIFAR-10.
   """
-  num_classes, num_train_examples, _ = constants
-  if constants == (10, 50000, 10000):
+  if (num_classes, num_train_examples, num_eval_examples) == (10, 50000, 10000):
     return None
   return dataclasses.replace(
       CIFAR10, train_files=dict.fromkeys(CIFAR10.train_files),
@@ -574,11 +565,10 @@ def check_files(dataset, folder, files):
     try:
       flaw = _find_flaw(path, dataset)
     except OSError as error:
-      raise UserError('%s cannot be read: %s.'
-                      % (path, error.strerror)) from error
+      raise UserError(f'{path} cannot be read: {error.strerror}.') from error
     if flaw:
-      raise UserError('%s %s: delete %s and start again to get it anew.'
-                      % (path, flaw, folder))
+      raise UserError(
+          f'{path} {flaw}: delete {folder} and start again to get it anew.')
   return paths
 
 
@@ -591,16 +581,16 @@ def _find_flaw(path, dataset):
   size_bytes, name = os.path.getsize(path), os.path.basename(path)
   if dataset.files[name] is None:
     if size_bytes == 0 or size_bytes % dataset.record_bytes:
-      return 'has %d bytes, which is no number of records of %d bytes' % (
-          size_bytes, dataset.record_bytes)
+      return (f'has {size_bytes} bytes, not a multiple of '
+              f'{dataset.record_bytes}')
   elif size_bytes != dataset.size_bytes(name):
-    return 'has %d bytes, not %d' % (size_bytes, dataset.size_bytes(name))
+    return f'has {size_bytes} bytes, not {dataset.size_bytes(name)}'
   labels = np.memmap(path, np.uint8, 'r').reshape(
       -1, dataset.record_bytes)[:, dataset.label_byte]
   wrong, = np.nonzero(labels >= len(dataset.classes))
   if wrong.size:
-    return 'has the label %d in record %d, not one of 0 to %d' % (
-        labels[wrong[0]], wrong[0], len(dataset.classes) - 1)
+    return (f'has the label {labels[wrong[0]]} in record {wrong[0]}, not one '
+            f'of 0 to {len(dataset.classes) - 1}')
   return None
 
 
@@ -609,8 +599,7 @@ def read_cifar10(filename_queue, dataset=None):
 
   Args:
     filename_queue: a queue of strings, the paths of the files to read.
-    dataset: the `Dataset` that says how a record is laid out; CIFAR-10 by
-      default.
+    dataset: the `Dataset` of the files; by default CIFAR-10.
 
   Returns:
     An object that stands for one example, with the attributes
@@ -781,14 +770,12 @@ def distorted_inputs(
   Args:
     data_dir: folder with the data set's files.
     batch_size: images a batch.
-    dataset: the `Dataset`; by default what this module's constants describe,
-      CIFAR-10.
+    dataset: the `Dataset`; by default what this module's constants describe.
     image_size: pixels of each side to leave; by default IMAGE_SIZE.
-    min_fraction_of_examples_in_queue: how much of an epoch is in the shuffle
-      queue when it is drawn from.
+    min_fraction_of_examples_in_queue: how much of an epoch stays in the shuffle
+      queue.
     deterministic: whether a graph with a seed gives the same batches each time.
-      They are drawn from a full queue then, however fast it is filled, and
-      distorted in one thread.
+      They are drawn from a full queue then, and distorted in one thread.
 
   Returns:
     images: float32 [batch_size, image_size, image_size, 3].
@@ -819,8 +806,8 @@ def distorted_inputs(
     tf.train.add_queue_runner(
         tf.train.QueueRunner(batches, [enqueue] * num_threads))
     images, labels = batches.dequeue()
-  say('Filling queue with %d %s images before starting to train. This will take '
-      'a few seconds.' % (min_queue_examples, dataset.title))
+  say(f'Filling queue with {min_queue_examples} {dataset.title} images before '
+      'starting to train. This will take a few seconds.')
   return images, labels
 
 
@@ -830,11 +817,7 @@ def inputs(eval_data, data_dir, batch_size, dataset=None, image_size=None,
 
   Args:
     eval_data: whether to read the files to evaluate on, or those to train on.
-    data_dir: folder with the data set's files.
-    batch_size: images a batch.
-    dataset: the `Dataset`; by default what this module's constants describe,
-      CIFAR-10.
-    image_size: pixels of each side to leave; by default IMAGE_SIZE.
+    data_dir, batch_size, dataset, image_size: as for `distorted_inputs`.
     views: what to make of each example, see `crop_views`.
 
   Returns:

@@ -31,7 +31,8 @@ import cifar10
 import cifar10_train
 from cifar10_input import UserError, say, what_went_wrong
 
-FLAGS = tf.flags.FLAGS
+flags = tf.flags
+FLAGS = flags.FLAGS
 
 
 def train():
@@ -64,8 +65,9 @@ def build_step(dataset, recipe, global_step,
   with tf.device('/cpu:0'):
     images, labels = cifar10_train.distorted_inputs(
         dataset, FLAGS.batch_size * FLAGS.num_gpus)
-    rate = cifar10.learning_rate(global_step, recipe)
-    optimizer = cifar10.make_optimizer(rate, recipe)
+    with tf.name_scope('train'):
+      rate = cifar10.learning_rate(global_step, recipe)
+      optimizer = cifar10.make_optimizer(rate, recipe)
     tower_losses, tower_grads = [], []
     for i, device in enumerate(tower_devices(FLAGS.num_gpus)):
       # The first tower makes the variables, the others take the same.
@@ -77,7 +79,7 @@ def build_step(dataset, recipe, global_step,
         tower_losses.append(tf.get_collection('losses', scope) + [loss])
         tower_grads.append(optimizer.compute_gradients(loss))
     losses = average_losses(tower_losses)
-    with tf.name_scope('train'):
+    with tf.name_scope('train/'):
       gradients = average_gradients(tower_grads)
       update_op = apply_gradients(optimizer, gradients, global_step, recipe)
       train_op = tf.group(
@@ -148,7 +150,8 @@ def average_gradients(tower_grads):
 
 
 def _average(tensors, name):
-  return tf.multiply(tf.add_n(tensors), 1 / len(tensors), name=name)
+  total = tf.add_n(tensors, name=name + '/sum')
+  return tf.multiply(total, 1 / len(tensors), name=name)
 
 
 # Many machines: a TensorFlow cluster.
@@ -178,8 +181,8 @@ def read_cluster(config):
   jobs.pop('evaluator', None)  # It is beside the cluster.
   for name, addresses in jobs.items():
     if name not in ('chief', 'master', 'worker', 'ps'):
-      raise UserError('TF_CONFIG has a job in its cluster that is none of chief, '
-                      'master, worker, ps, evaluator: %s.' % name)
+      raise UserError('TF_CONFIG has a job in its cluster that is none of '
+                      f'chief, master, worker, ps, evaluator: {name}.')
     for address in addresses:
       if not re.fullmatch(r'[^\s/]+:\d{1,5}', address) or int(
           address.rpartition(':')[2]) > 65535:
@@ -451,10 +454,10 @@ class ReplicaHook(tf.train.SessionRunHook):
 def define_flags():
   """Defines the flags of training on several devices."""
   cifar10_train.define_flags()
-  tf.flags.DEFINE_integer(
+  flags.DEFINE_integer(
       'num_gpus', 1, 'How many towers, each on a GPU of its own if there is '
       'one.', lower_bound=1, upper_bound=256)
-  tf.flags.DEFINE_boolean(
+  flags.DEFINE_boolean(
       'sync_replicas', True, 'In a cluster: average the gradients of all '
       'workers in each step. Otherwise each worker does steps of its own.')
 

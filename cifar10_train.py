@@ -29,7 +29,8 @@ import tensorflow.compat.v1 as tf
 import cifar10
 from cifar10_input import UserError, say, what_went_wrong
 
-FLAGS = tf.flags.FLAGS
+flags = tf.flags
+FLAGS = flags.FLAGS
 
 
 def train():
@@ -129,9 +130,8 @@ def run_training(build, examples, task=None):
     The exit code: 0, or 128 and the number of the signal.
 
   Raises:
-    UserError: --train_dir cannot be used, another process uses it, or it holds
-      the checkpoint of another network; the loss is not a number any more; a
-      file of the data set has changed.
+    UserError: --train_dir is in use or of another network, a file of the data
+      set is not as it should be, or the loss is not finite any more.
   """
   task = task or Task()
   with contextlib.ExitStack() as stack:
@@ -142,8 +142,9 @@ def run_training(build, examples, task=None):
       return 0
     dataset = prepare_dataset()
     if examples > dataset.num_train_examples:
-      raise UserError('a step of %d images is more than the %d there are: lower '
-                      '--batch_size.' % (examples, dataset.num_train_examples))
+      raise UserError(f'a step of {examples} images is more than the '
+                      f'{dataset.num_train_examples} there are: lower '
+                      '--batch_size.')
     if FLAGS.use_fp16 and not tf.config.list_physical_devices('GPU'):
       tf.logging.warn('--use_fp16 is for GPUs: on a CPU it is slow.')
     if FLAGS.deterministic:
@@ -160,7 +161,7 @@ def _train(build, dataset, examples, task, checkpoint):
   global_step = tf.train.get_or_create_global_step()
   train_op, loss = build(
       dataset, training_recipe(dataset, examples_per_step), global_step)
-  with tf.name_scope('train'), tf.control_dependencies([train_op]):
+  with tf.name_scope('train/'), tf.control_dependencies([train_op]):
     steps_done = tf.identity(global_step.read_value(), name='steps_done')
   if checkpoint:
     check_checkpoint(checkpoint, {v.op.name: v for v in tf.global_variables()})
@@ -178,12 +179,12 @@ def _train(build, dataset, examples, task, checkpoint):
     _explain(error, dataset)
     raise
   if signals and logger.step < FLAGS.max_steps:
-    say('Stopped by %s%s: the same command continues.' % (
-        signals[0].name, ' with a checkpoint' if task.is_chief else ''))
+    saved = ' with a checkpoint' if task.is_chief else ''
+    say(f'Stopped by {signals[0].name}{saved}: the same command continues.')
     return 128 + signals[0]
   if logger.step < FLAGS.max_steps:
-    raise UserError('the input ended at step %d: has a file of the data set '
-                    'changed?' % logger.step)
+    raise UserError(f'the input ended at step {logger.step}: has a file of the '
+                    'data set changed?')
   return 0
 
 
@@ -195,26 +196,27 @@ def _session(checkpoint, task, logger):
   scaffold = tf.train.Scaffold(saver=saver)
   task.config.allow_soft_placement = True
   task.config.log_device_placement = FLAGS.log_device_placement
-  hooks = [tf.train.StopAtStepHook(last_step=FLAGS.max_steps), *task.hooks,
-           logger]
-  if not task.is_chief:
-    return tf.train.MonitoredSession(tf.train.WorkerSessionCreator(
-        scaffold, task.target, task.config), hooks)
+  hooks = [tf.train.StopAtStepHook(last_step=FLAGS.max_steps), logger,
+           *task.hooks]
+  if task.is_chief:
+    creator = tf.train.ChiefSessionCreator(
+        scaffold, task.target, task.config,
+        checkpoint_filename_with_path=checkpoint)
+    hooks += [
+        tf.train.StepCounterHook(
+            FLAGS.save_summary_steps, output_dir=FLAGS.train_dir),
+        tf.train.SummarySaverHook(
+            FLAGS.save_summary_steps, output_dir=FLAGS.train_dir,
+            scaffold=scaffold),
+        tf.train.CheckpointSaverHook(
+            FLAGS.train_dir, FLAGS.save_checkpoint_secs, scaffold=scaffold)]
+  else:
+    creator = tf.train.WorkerSessionCreator(scaffold, task.target, task.config)
   if checkpoint:  # The saver is to remove older ones, as it adds new ones.
     older = list(checkpoints(FLAGS.train_dir).values())
     saver.recover_last_checkpoints(older[:older.index(checkpoint) + 1])
-  return tf.train.MonitoredSession(
-      tf.train.ChiefSessionCreator(
-          scaffold, task.target, task.config,
-          checkpoint_filename_with_path=checkpoint),
-      hooks + [
-          tf.train.CheckpointSaverHook(
-              FLAGS.train_dir, FLAGS.save_checkpoint_secs, scaffold=scaffold),
-          tf.train.SummarySaverHook(
-              FLAGS.save_summary_steps, output_dir=FLAGS.train_dir,
-              scaffold=scaffold),
-          tf.train.StepCounterHook(
-              FLAGS.save_summary_steps, output_dir=FLAGS.train_dir)])
+  with tf.name_scope('session'):  # One box in TensorBoard's graph.
+    return tf.train.MonitoredSession(creator, hooks)
 
 
 def _explain(error, dataset):
@@ -222,26 +224,22 @@ def _explain(error, dataset):
   cifar10_input.check_files(
       dataset, cifar10.data_folder(dataset), dataset.train_files)
   if not tf.io.gfile.isdir(FLAGS.train_dir):
-    raise UserError(
-        '--train_dir=%s was removed.' % FLAGS.train_dir) from error
+    raise UserError(f'--train_dir={FLAGS.train_dir} was removed.') from error
   if 'summary histogram' in str(error):  # It takes finite numbers only.
-    raise UserError(_not_finite('a gradient')) from error
+    raise UserError('a gradient ' + _NOT_FINITE) from error
 
 
-def _not_finite(what):
-  return ('%s is not finite. The last good checkpoint in %s is older: start '
-          'again to try from there; if it comes back, look at the data, lower '
-          'the learning rate, or compute in float32.' % (what, FLAGS.train_dir))
+_NOT_FINITE = (
+    'is not finite: start again to go on from the last good checkpoint. If it '
+    'happens again, lower --learning_rate, or compute in float32.')
 
 
 class LoggerHook(tf.train.SessionRunHook):
   """Prints loss and speed now and then, and refuses a loss that is not finite.
 
-  `step` is the number of steps done, by all workers of a cluster together.
-
   Args:
     loss: scalar float32.
-    steps_done: scalar int64, read after the step.
+    steps_done: scalar int64, read after the step; then it is in `step`.
     examples_per_step: int.
     log_frequency: int, steps from one line to the next.
   """
@@ -253,9 +251,7 @@ class LoggerHook(tf.train.SessionRunHook):
 
   def after_create_session(self, session, coord):
     self.step = self._last_line = session.run(tf.train.get_global_step())
-    # The first multiple that is not behind us.
-    self._next_line = math.ceil(self.step / self._log_frequency) * (
-        self._log_frequency)
+    self._next_line = self.step + -self.step % self._log_frequency
     self._last_time = time.time()
 
   def before_run(self, run_context):
@@ -265,12 +261,13 @@ class LoggerHook(tf.train.SessionRunHook):
     loss_value, self.step = run_values.results
     step = self.step - 1  # People count from 0.
     if not math.isfinite(loss_value):
-      raise UserError(_not_finite('the loss at step %d' % step))
+      raise UserError(f'the loss at step {step} {_NOT_FINITE}')
     if step < self._next_line:
       return
     secs = (time.time() - self._last_time) / max(1, self.step - self._last_line)
-    say('%s: step %d, loss = %.2f (%.1f examples/sec; %.3f sec/batch)' % (
-        datetime.now(), step, loss_value, self._examples_per_step / secs, secs))
+    say(f'{datetime.now()}: step {step}, loss = {loss_value:.2f} '
+        f'({self._examples_per_step / secs:.1f} examples/sec; '
+        f'{secs:.3f} sec/batch)')
     self._last_line, self._last_time = self.step, time.time()
     self._next_line = (step // self._log_frequency + 1) * self._log_frequency
 
@@ -288,9 +285,9 @@ _ADOPTED_FLAGS = _SHAPING_FLAGS + ('data_dir', 'use_bfloat16', 'use_fp16')
 
 def write_run():
   """Writes all flags, and versions, to --train_dir."""
-  flags = FLAGS.flags_by_module_dict()
+  by_module = FLAGS.flags_by_module_dict()
   values = {flag.name: flag.value
-            for module in _modules() for flag in flags[module]}
+            for module in _modules() for flag in by_module[module]}
   values['data_dir'] = os.path.abspath(os.path.expanduser(FLAGS.data_dir))
   with tf.io.gfile.GFile(os.path.join(FLAGS.train_dir, _RUN_FILE), 'w') as f:
     json.dump({
@@ -319,9 +316,8 @@ def check_run():
     value = FLAGS[name].value
     if run.get(name, value) != value:
       raise UserError(
-          '%s was trained with --%s=%s, not %s: give it that flag again, or '
-          'name another --train_dir.'
-          % (FLAGS.train_dir, name, run[name], value))
+          f'{FLAGS.train_dir} was trained with --{name}={run[name]}, not '
+          f'{value}: give it that flag again, or name another --train_dir.')
 
 
 def adopt_run(folder):
@@ -361,7 +357,7 @@ def latest_checkpoint(folder):
     if not flaw:
       return checkpoint
     if step in checkpoints(folder):  # Otherwise it was removed just now.
-      say('%s is damaged and passed over: %s' % (checkpoint, flaw), sys.stderr)
+      say(f'{checkpoint} is damaged and passed over: {flaw}', sys.stderr)
   return None
 
 
@@ -372,7 +368,7 @@ def _find_flaw(checkpoint):
     for name in reader.get_variable_to_shape_map():
       value = reader.get_tensor(name)  # Checks the CRC-32C of its bytes.
       if value.dtype.kind == 'f' and not np.isfinite(value).all():
-        return '%s is not finite' % name
+        return f'{name} is not finite'
   except (tf.errors.PermissionDeniedError, tf.errors.ResourceExhaustedError):
     raise  # It need not be damaged.
   except Exception as error:  # An IndexError, for a file that was cut.
@@ -381,7 +377,7 @@ def _find_flaw(checkpoint):
 
 
 def check_checkpoint(checkpoint, variables):
-  """Finds out before a session does that a checkpoint is not of this network.
+  """Refuses a checkpoint that a session could not restore.
 
   Args:
     checkpoint: its path, without a suffix.
@@ -398,9 +394,8 @@ def check_checkpoint(checkpoint, variables):
     if there == here:
       there, here = dtypes[name].name, variable.dtype.base_dtype.name
     if there != here:
-      raise UserError(
-          '%s does not fit the network: %s is %s there and %s here.'
-          % (checkpoint, name, there, here))
+      raise UserError(f'{checkpoint} does not fit the network: {name} is '
+                      f'{there} there and {here} here.')
 
 
 def _checkpoint_to_continue():
@@ -411,8 +406,8 @@ def _checkpoint_to_continue():
   if checkpoint:
     check_run()
   elif checkpoints(FLAGS.train_dir):
-    raise UserError('no checkpoint in --train_dir=%s is whole: --overwrite '
-                    'starts anew.' % FLAGS.train_dir)
+    raise UserError(f'no checkpoint in --train_dir={FLAGS.train_dir} is whole: '
+                    '--overwrite starts anew.')
   return checkpoint
 
 
@@ -420,11 +415,13 @@ def _is_trained(checkpoint):
   """Returns whether nothing is left to do, and says where training starts."""
   step = tf.train.load_variable(checkpoint, tf.GraphKeys.GLOBAL_STEP)
   if step < FLAGS.max_steps:
-    say('Continuing from %s.' % checkpoint)
+    say(f'Continuing from {checkpoint}.')
     return False
-  say('%s is trained for %d steps already: %s--overwrite starts anew.' % (
-      checkpoint, step, 'a larger --max_steps trains on, '
-      if FLAGS.learning_rate_schedule == 'staircase' else ''))
+  more = ''
+  if FLAGS.learning_rate_schedule == 'staircase':
+    more = 'a larger --max_steps trains on, '
+  say(f'{checkpoint} is trained for {step} steps already: {more}--overwrite '
+      'starts anew.')
   return True
 
 
@@ -449,13 +446,13 @@ def _tidy_train_dir():
 # evaluation refuses what only training knows.
 
 
-class _FolderParser(tf.flags.ArgumentParser):
+class _FolderParser(flags.ArgumentParser):
   """Makes of a flag a folder that TensorFlow can write to: a path or a URL."""
 
   def parse(self, argument):
     scheme = re.match(r'(\w+)://', argument)
     if scheme and scheme[1] not in tf.io.gfile.get_registered_schemes():
-      raise ValueError('TensorFlow knows no file system %s://' % scheme[1])
+      raise ValueError(f'TensorFlow knows no file system {scheme[1]}://')
     if re.search(r'[][*?]', argument) or os.sep == '/' and '\\' in argument:
       raise ValueError(r'must do without * ? [ ] \, which mean something else '
                        'to TensorFlow')
@@ -464,7 +461,7 @@ class _FolderParser(tf.flags.ArgumentParser):
     return os.path.abspath(os.path.expanduser(argument.replace('file://', '')))
 
 
-class _DatasetParser(tf.flags.ArgumentParser):
+class _DatasetParser(flags.ArgumentParser):
   """Takes the name of a known data set, or the path of a folder."""
   syntactic_help = '%s, or a folder with pictures' % ', '.join(
       sorted(cifar10_input.DATASETS))
@@ -478,34 +475,33 @@ class _DatasetParser(tf.flags.ArgumentParser):
 
 def define_folder(name, default, help):
   """Defines a flag for a folder of a run: a path, or a URL."""
-  tf.flags.DEFINE(_FolderParser(), name, default, help)
+  flags.DEFINE(_FolderParser(), name, default, help)
 
 
 def define_data_flags():
   """Defines what all scripts know of data and network."""
-  tf.flags.DEFINE(
-      _DatasetParser(), 'dataset', 'cifar10', 'What to learn from: %s with your '
-      'own in train/CLASS/ and test/CLASS/. (synthetic is generated.)'
-      % _DatasetParser.syntactic_help)
-  tf.flags.DEFINE_string(
-      'data_url', None, 'Where to download the archive of the data set from '
-      '(http, https or file) instead of the place where it is published.')
-  tf.flags.DEFINE_string(
+  flags.DEFINE(
+      _DatasetParser(), 'dataset', 'cifar10', 'What to learn from: '
+      f'{_DatasetParser.syntactic_help} in train/CLASS/ and test/CLASS/.')
+  flags.DEFINE_string(
+      'data_url', None, 'Another place to download the archive of the data set '
+      'from (http, https or file).')
+  flags.DEFINE_string(
       'data_sha256', None, 'Its checksum, if it is not the published archive.')
-  tf.flags.DEFINE_enum(
+  flags.DEFINE_enum(
       'model', 'default', ['default', 'local'], 'The network: with two fully '
       'connected layers, or with two locally connected ones.')
-  tf.flags.DEFINE_integer(
-      'image_size', cifar10.IMAGE_SIZE, 'How many of the 32 pixels of each side '
-      'of a picture the network sees.', lower_bound=8, upper_bound=32)
-  tf.flags.DEFINE_boolean(
+  flags.DEFINE_integer(
+      'image_size', cifar10.IMAGE_SIZE, 'Pixels of each side of a picture, of '
+      '32, that the network sees.', lower_bound=8, upper_bound=32)
+  flags.DEFINE_boolean(
       'use_bfloat16', False, 'Compute activations in bfloat16, on GPUs and on '
       'CPUs with AVX512-BF16 or AMX; variables and losses stay in float32.')
-  tf.flags.mark_bool_flags_as_mutual_exclusive(['use_fp16', 'use_bfloat16'])
-  tf.flags.register_validator(
+  flags.mark_bool_flags_as_mutual_exclusive(['use_fp16', 'use_bfloat16'])
+  flags.register_validator(
       'data_url', lambda url: not url or re.match('(https?|file)://', url),
       'must start with http://, https:// or file://')
-  tf.flags.register_validator(
+  flags.register_validator(
       'data_sha256',
       lambda sha256: not sha256 or re.fullmatch('[0-9a-fA-F]{64}', sha256),
       'must be 64 hexadecimal digits')
@@ -514,70 +510,61 @@ def define_data_flags():
 def define_flags():
   """Defines the flags of training."""
   define_data_flags()
-
-  # The run.
-  define_folder('train_dir', '/tmp/cifar10_train',
-                'Where checkpoints and event files are written.')
-  tf.flags.DEFINE_boolean(
-      'overwrite', False, 'Start anew: remove the checkpoints and event files '
-      'of an earlier run in --train_dir.')
-  tf.flags.DEFINE_integer(
-      'max_steps', 100000, 'Steps to train for, those of earlier runs '
-      'included.', lower_bound=1)
-  tf.flags.DEFINE_integer(
-      'log_frequency', 10, 'Steps from one line on the console to the next.',
-      lower_bound=1)
-  tf.flags.DEFINE_integer(
-      'save_summary_steps', 100, 'Steps from one set of summaries to the next.',
-      lower_bound=1)
-  tf.flags.DEFINE_integer(
-      'save_checkpoint_secs', 600, 'Seconds from one checkpoint to the next.',
-      lower_bound=1)
-  tf.flags.DEFINE_integer(
-      'max_to_keep', 5, 'How many of the latest checkpoints are kept; 0 keeps '
-      'all.', lower_bound=0)
-  tf.flags.DEFINE_boolean(
-      'log_device_placement', False, 'Show which device each operation is on.')
-
-  # The recipe.
-  tf.flags.DEFINE_enum(
-      'recipe', 'original', list(cifar10.RECIPES),
-      'Changes the defaults of other flags' + ''.join(
-          '; %s: %s' % (recipe, ' '.join(
-              '--%s=%s' % setting for setting in settings.items()))
-          for recipe, settings in cifar10.RECIPES.items() if settings))
-  tf.flags.DEFINE_float(
-      'learning_rate', cifar10.INITIAL_LEARNING_RATE, 'At the first step.',
-      lower_bound=0.0)
-  tf.flags.DEFINE_enum(
-      'learning_rate_schedule', 'staircase', ['staircase', 'linear', 'cosine'],
-      'How it falls: tenfold every 350 epochs, or to zero at --max_steps.')
-  tf.flags.DEFINE_float(
-      'momentum', 0.0, "Nesterov's, of the gradients.", lower_bound=0.0,
-      upper_bound=1.0)
-  tf.flags.DEFINE_float(
-      'weight_decay', cifar10.WEIGHT_DECAY,
-      'Factor of the L2 losses of local3 and local4.', lower_bound=0.0)
-  tf.flags.DEFINE_float(
-      'moving_average_decay', cifar10.MOVING_AVERAGE_DECAY, 'Of the averages of '
-      'the variables, which are evaluated.', lower_bound=0.0, upper_bound=1.0)
-
-  # The input, and chance.
-  tf.flags.DEFINE_float(
+  _define_run_flags()
+  _define_recipe_flags()
+  flags.DEFINE_float(
       'min_fraction_of_examples_in_queue',
-      cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE, 'How much of an epoch is '
-      'in the shuffle queue when it is drawn from.', lower_bound=0.0,
-      upper_bound=1.0)
-  tf.flags.DEFINE_integer(
+      cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE, 'How much of an epoch '
+      'stays in the shuffle queue.', lower_bound=0.0, upper_bound=1.0)
+  flags.DEFINE_integer(
       'seed', None, 'Draw the same initial weights in each run.', lower_bound=0,
       upper_bound=2 ** 31 - 1)
-  tf.flags.DEFINE_boolean(
+  flags.DEFINE_boolean(
       'deterministic', False, 'With --seed, do all else the same in each run, '
       'too: it ends with the same variables, byte for byte.')
-  tf.flags.register_multi_flags_validator(
+  flags.register_multi_flags_validator(
       ['deterministic', 'seed'],
-      lambda flags: flags['seed'] is not None or not flags['deterministic'],
+      lambda values: values['seed'] is not None or not values['deterministic'],
       '--deterministic needs a --seed')
+
+
+def _define_run_flags():
+  define_folder('train_dir', '/tmp/cifar10_train',
+                'Where checkpoints and event files are written.')
+  flags.DEFINE_boolean(
+      'overwrite', False, 'Start anew: remove the checkpoints and event files '
+      'of an earlier run in --train_dir.')
+  flags.DEFINE_integer('max_steps', 100000, 'Steps to train for, those of '
+                       'earlier runs included.', lower_bound=1)
+  flags.DEFINE_integer('log_frequency', 10, 'Steps from one line on the '
+                       'console to the next.', lower_bound=1)
+  flags.DEFINE_integer('save_summary_steps', 100, 'Steps from one set of '
+                       'summaries to the next.', lower_bound=1)
+  flags.DEFINE_integer('save_checkpoint_secs', 600, 'Seconds from one '
+                       'checkpoint to the next.', lower_bound=1)
+  flags.DEFINE_integer('max_to_keep', 5, 'How many of the latest checkpoints '
+                       'are kept; 0 keeps all.', lower_bound=0)
+  flags.DEFINE_boolean('log_device_placement', False,
+                       'Show which device each operation is on.')
+
+
+def _define_recipe_flags():
+  flags.DEFINE_enum(
+      'recipe', 'original', list(cifar10.RECIPES), 'Changes the defaults of '
+      f'other flags: {json.dumps(cifar10.RECIPES)}')
+  flags.DEFINE_float('learning_rate', cifar10.INITIAL_LEARNING_RATE,
+                     'At the first step.', lower_bound=0.0)
+  flags.DEFINE_enum(
+      'learning_rate_schedule', 'staircase', ['staircase', 'linear', 'cosine'],
+      'How it falls: tenfold every 350 epochs, or to zero at --max_steps.')
+  flags.DEFINE_float('momentum', 0.0, "Nesterov's, of the gradients.",
+                     lower_bound=0.0, upper_bound=1.0)
+  flags.DEFINE_float('weight_decay', cifar10.WEIGHT_DECAY, 'Factor of the L2 '
+                     'losses of local3 and local4.', lower_bound=0.0)
+  flags.DEFINE_float(
+      'moving_average_decay', cifar10.MOVING_AVERAGE_DECAY, 'Of the averages '
+      'of the variables, which are evaluated.', lower_bound=0.0,
+      upper_bound=1.0)
 
 
 # How a script starts and ends.
@@ -589,35 +576,30 @@ def run(main, define_flags, takes_arguments=False):
   What a user can mend, and what the system refuses, is one line on stderr:
   exit code 2 for flags, 1 for all else. Ctrl-C gives 130, SIGTERM 143, and a
   terminal that is closed 129.
-
-  Args:
-    main: function of the arguments that are no flags; returns the exit code.
-    define_flags: function that defines the script's flags.
-    takes_arguments: whether there may be such arguments.
   """
   handle_signals(_interrupt)
   try:
     argv = _parse_flags(define_flags)
     if argv[1:] and not takes_arguments:
-      raise tf.flags.Error('what is %r? Flags look like --name=value' % argv[1])
+      raise flags.Error(f'what is {argv[1]!r}? Flags look like --name=value')
     _leave(main(argv))
-  except tf.flags.Error as error:
+  except flags.Error as error:
     fail(2, str(error).replace('\n', '; '))
   except (UserError, OSError, tf.errors.OpError) as error:
     fail(1, what_went_wrong(error))
   except KeyboardInterrupt as interruption:
     signum, = interruption.args
-    fail(128 + signum, 'stopped by %s.' % signum.name)
+    fail(128 + signum, f'stopped by {signum.name}.')
 
 
 def _parse_flags(define_flags):
   """Returns the arguments that are no flags. With --help, shows that."""
   define_flags()
-  tf.flags.DEFINE_boolean('help', False, 'Show this.', short_name='h')
+  flags.DEFINE_boolean('help', False, 'Show this.', short_name='h')
   try:
     argv = FLAGS(sys.argv)
   except ValueError as error:  # As for --norun_once=1.
-    raise tf.flags.Error(error) from error
+    raise flags.Error(error) from error
   if FLAGS.help:
     say(sys.modules['__main__'].__doc__)
     say('\n'.join(map(FLAGS.module_help, _modules())))
@@ -636,7 +618,7 @@ def _modules():
 
 def fail(code, message):
   """Ends the process with one line on stderr."""
-  say('%s: %s' % (os.path.basename(sys.argv[0]), message), sys.stderr)
+  say(f'{os.path.basename(sys.argv[0])}: {message}', sys.stderr)
   _leave(code)
 
 
@@ -678,7 +660,7 @@ def cluster_config():
     cluster = dict(config.get('cluster') or {})
     job = dict(config.get('task') or {}).get('type')
   except (AttributeError, TypeError, ValueError) as error:
-    raise UserError('TF_CONFIG cannot be read: %s' % error) from error
+    raise UserError(f'TF_CONFIG cannot be read: {error}') from error
   if job == 'evaluator':
     raise UserError('TF_CONFIG says that this is the evaluator, which is '
                     'cifar10_eval.py.')

@@ -4,11 +4,13 @@ All five modules are imported into one process, because importing TensorFlow is
 what costs most. Only what a user sees of a process (exit codes, a clean
 console, signals) is tested on processes of its own.
 """
+import contextlib
 import dataclasses
 import faulthandler
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,23 +58,26 @@ def fresh_start():
   handlers = {
       s: signal.getsignal(s)
       for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-  states = {name: {**vars(FLAGS[name]), 'validators': FLAGS[name].validators[:]}
-            for name in FLAGS}
-  with tf.Graph().as_default():
+  with forgotten_flags(), tf.Graph().as_default():
     tf.set_random_seed(1)
     yield
-  _forget_flags(states)
   for signum, handler in handlers.items():
     signal.signal(signum, handler)
   faulthandler.cancel_dump_traceback_later()
 
 
-def _forget_flags(states):
-  """Removes the flags of scripts, and takes back what was done to others."""
-  for name in set(FLAGS) - set(states):
-    delattr(FLAGS, name)
-  for name, state in states.items():
-    vars(FLAGS[name]).update(state)
+@contextlib.contextmanager
+def forgotten_flags():
+  """Removes the flags that are defined inside, and takes back other changes."""
+  states = {name: {**vars(FLAGS[name]), 'validators': FLAGS[name].validators[:]}
+            for name in FLAGS}
+  try:
+    yield
+  finally:
+    for name in set(FLAGS) - set(states):
+      delattr(FLAGS, name)
+    for name, state in states.items():
+      vars(FLAGS[name]).update(state)
 
 
 def parse_flags(script, *flags):
@@ -183,16 +188,11 @@ def call_script(monkeypatch, capfd):
   """Function that runs a script in this process: code, stdout and stderr."""
   def call_script(script, *flags):
     monkeypatch.setattr(sys, 'argv', ['script.py', *flags])
-    states = {
-        name: {**vars(FLAGS[name]), 'validators': FLAGS[name].validators[:]}
-        for name in FLAGS}
     capfd.readouterr()
-    try:
-      with pytest.raises(SystemExit) as exit_info, tf.Graph().as_default():
-        cifar10_train.run(script.main, script.define_flags,
-                          takes_arguments=script is cifar10_eval)
-    finally:
-      _forget_flags(states)
+    with forgotten_flags(), tf.Graph().as_default(), \
+        pytest.raises(SystemExit) as exit_info:
+      cifar10_train.run(script.main, script.define_flags,
+                        takes_arguments=script is cifar10_eval)
     stdout, stderr = capfd.readouterr()
     return types.SimpleNamespace(
         code=exit_info.value.code or 0, stdout=stdout, stderr=stderr)
@@ -275,6 +275,12 @@ def trained(start_script, synthetic_dir, tmp_path_factory):
       '--log_frequency=5', '--save_summary_steps=5'))
   run.train_dir = train_dir
   return run
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path):
+  """A copy of its train_dir, with checkpoints of the steps 0 and 11."""
+  return shutil.copytree(trained.train_dir, tmp_path / 'run')
 
 
 def is_one_line(run, *parts):

@@ -1,0 +1,483 @@
+"""cifar10: the network, its loss and its training step are the tutorial's.
+
+The numbers are those that the original publishes: names, shapes, initial
+weights, the loss of a fresh model, the schedule of the learning rate. The
+arithmetic is held against TensorFlow's elementary operations and against numpy.
+Scripts of readers, who know the original alone, run as they are.
+"""
+import csv
+import dataclasses
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from conftest import (
+    FLAGS, ROOT, events, finish, newest_step, parse_flags, write_random)
+import tensorflow.compat.v1 as tf
+
+from benchmarks import plain
+import cifar10
+import cifar10_eval
+import cifar10_input
+import cifar10_train
+
+SHAPES = {
+    'conv1/weights': [5, 5, 3, 64], 'conv1/biases': [64],
+    'conv2/weights': [5, 5, 64, 64], 'conv2/biases': [64],
+    'local3/weights': [2304, 384], 'local3/biases': [384],
+    'local4/weights': [384, 192], 'local4/biases': [192],
+    'softmax_linear/weights': [192, 10], 'softmax_linear/biases': [10],
+}
+
+DEVIATIONS = {
+    'conv1': 0.05, 'conv2': 0.05, 'local3': 0.04, 'local4': 0.04,
+    'softmax_linear': 1 / 192}
+
+BIASES = {
+    'conv1': 0.0, 'conv2': 0.1, 'local3': 0.1, 'local4': 0.1,
+    'softmax_linear': 0.0}
+
+AVERAGE = '/ExponentialMovingAverage'
+
+
+def _batch(size, scale=1.0):
+  """Returns images as standardization leaves them, and labels."""
+  random = np.random.default_rng(0)
+  images = scale * random.standard_normal((size, 24, 24, 3))
+  return images.astype(np.float32), random.integers(0, 10, size, np.int32)
+
+
+def _values(session):
+  """Returns the values of the trainable variables, by name."""
+  return session.run({v.op.name: v for v in tf.trainable_variables()})
+
+
+def _session():
+  """Starts a session in which no two biases are equal."""
+  session = tf.Session()
+  session.run(tf.global_variables_initializer())
+  random = np.random.default_rng(0)
+  for name, value in _values(session).items():
+    variable, = tf.trainable_variables(name)
+    variable.load(value + random.normal(0, 0.02, value.shape), session)
+  return session
+
+
+# Variables.
+
+
+def test_variables_have_the_names_and_shapes_of_the_original():
+  with tf.device('/gpu:0'):
+    logits = cifar10.inference(tf.zeros([1, 24, 24, 3]))
+  variables = tf.global_variables()
+  assert {v.op.name: v.shape.as_list() for v in variables} == SHAPES
+  assert sum(v.shape.num_elements() for v in variables) == 1068298
+  assert tf.trainable_variables() == variables
+  assert {v.device for v in variables} == {'/device:CPU:0'}
+  assert logits.device == '/device:GPU:0'
+
+
+def test_initial_variables_are_drawn_as_the_original_draws_them():
+  cifar10.inference(tf.zeros([1, 24, 24, 3]))
+  with tf.Session() as session:
+    session.run(tf.global_variables_initializer())
+    values = _values(session)
+  for layer, deviation in DEVIATIONS.items():
+    weights = values[layer + '/weights']
+    # Of a normal distribution cut off at two deviations, 0.8796 of it is left.
+    assert weights.std() == pytest.approx(0.8796 * deviation, rel=0.05)
+    assert abs(weights.mean()) < 5 * deviation / np.sqrt(weights.size)
+    assert 1.8 * deviation < abs(weights).max() <= 2.0001 * deviation
+    np.testing.assert_array_equal(
+        values[layer + '/biases'], np.float32(BIASES[layer]))
+
+
+# The function that the network computes.
+
+
+def _layers_of_the_table(images, values):
+  """Returns the network's layers, of elementary operations, by their names."""
+  def convolve(images, layer):
+    convolved = tf.nn.conv2d(
+        images, values[layer + '/weights'], [1, 1, 1, 1], 'SAME')
+    return tf.nn.relu(convolved + values[layer + '/biases'])
+
+  def pool(images):
+    return tf.nn.max_pool2d(images, [1, 3, 3, 1], [1, 2, 2, 1], 'SAME')
+
+  def normalize(images):
+    band = np.tri(64, k=4) * np.tri(64, k=4).T
+    squares = tf.tensordot(tf.square(images), band.astype(np.float32), 1)
+    return images / (1.0 + 0.001 / 9.0 * squares) ** 0.75
+
+  def connect(rows, layer):
+    return rows @ values[layer + '/weights'] + values[layer + '/biases']
+
+  pool1 = pool(convolve(images, 'conv1'))
+  norm1 = normalize(pool1)
+  conv2 = convolve(norm1, 'conv2')
+  norm2 = normalize(conv2)
+  pool2 = pool(norm2)
+  local3 = tf.nn.relu(connect(tf.reshape(pool2, [-1, 6 * 6 * 64]), 'local3'))
+  local4 = tf.nn.relu(connect(local3, 'local4'))
+  return {'pool1': pool1, 'norm1': norm1, 'conv2/conv2': conv2, 'norm2': norm2,
+          'pool2': pool2, 'local3/local3': local3, 'local4/local4': local4,
+          'softmax_linear/softmax_linear': connect(local4, 'softmax_linear')}
+
+
+def test_layers_have_the_names_and_values_of_the_table():
+  batch, _ = _batch(16, scale=20)  # So that normalization makes a difference.
+  images = tf.placeholder(tf.float32, [None, 24, 24, 3])
+  logits = cifar10.inference(images)
+  assert logits.shape.as_list() == [None, 10]
+  with _session() as session:
+    expected = session.run(_layers_of_the_table(batch, _values(session)))
+    layers = {name: name + ':0' for name in expected}
+    results = session.run(layers, {images: batch})
+    alone = session.run(logits, {images: batch[3:4]})
+  for name, values in expected.items():
+    assert values.std() > 0.1
+    np.testing.assert_allclose(
+        results[name], values, atol=1e-5 * abs(values).max())
+  np.testing.assert_allclose(alone, values[3:4], atol=1e-5 * abs(values).max())
+
+
+@pytest.mark.parametrize('depth_radius, bias, alpha, channels, scale, dtype', [
+    (4, 1.0, 0.001 / 9, 64, 10, tf.float32),
+    (4, 1.0, 0.001 / 9, 64, 1e4, tf.float32),
+    (4, 1.0, 0.001 / 9, 8, 0, tf.float32),
+    (7, 2.0, 0.1, 33, 10, tf.float32),
+    (4, 2.0, 0.1, 1, 10, tf.float32),
+    (40, 2.0, 0.1, 16, 10, tf.float32),
+    (4, 1.0, 0.001, 64, 10, tf.bfloat16)])
+def test_normalization_and_its_gradient_are_those_of_tensorflow(
+    depth_radius, bias, alpha, channels, scale, dtype):
+  random = np.random.default_rng(1)
+  images, upstream = (
+      tf.constant(random.normal(size=(3, 5, 4, channels)), tf.float32)
+      for _ in range(2))
+  rounded = tf.cast(scale * images, dtype)
+  exact = tf.cast(rounded, tf.float32)
+  ours = cifar10.local_response_normalization(
+      rounded, depth_radius, bias, alpha)
+  oracle = tf.nn.lrn(exact, depth_radius, bias, alpha, beta=0.75)
+  gradient, = tf.gradients(ours, rounded, tf.cast(upstream, dtype))
+  oracle_gradient, = tf.gradients(oracle, exact, upstream)
+  with tf.Session() as session:
+    results, expected = session.run([
+        [tf.cast(ours, tf.float32), tf.cast(gradient, tf.float32)],
+        [oracle, oracle_gradient]])
+  # What float32 loses in two orders of summation; and half a unit in the last
+  # of 8 bits, twice, since the gradient that comes in is rounded likewise.
+  tolerance = 2e-6 if dtype == tf.float32 else 2 ** -7
+  for values, expected_values in zip(results, expected):
+    np.testing.assert_allclose(
+        values, expected_values, atol=tolerance * abs(expected_values).max())
+
+
+@pytest.mark.parametrize('dtype, tolerance', [
+    (tf.float16, 0.01), (tf.bfloat16, 0.03)])
+def test_16_bits_are_for_activations_and_not_for_variables(dtype, tolerance):
+  images, _ = _batch(8)
+  exact = cifar10.inference(tf.constant(images))
+  with tf.variable_scope('', reuse=True), tf.name_scope('rounded/'):
+    logits = cifar10.inference(
+        tf.constant(images), cifar10.Recipe(dtype=dtype))
+  assert {v.dtype.base_dtype for v in tf.global_variables()} == {tf.float32}
+  assert logits.dtype == tf.float32
+  graph = tf.get_default_graph()
+  for name in ('conv1/Conv2D', 'norm1', 'conv2/Conv2D', 'local3/MatMul'):
+    assert graph.get_tensor_by_name('rounded/%s:0' % name).dtype == dtype
+  with tf.Session() as session:
+    session.run(tf.global_variables_initializer())
+    result, expected = session.run([logits, exact])
+  np.testing.assert_allclose(result, expected, atol=tolerance)
+  assert (result != expected).any()
+
+
+# The local model.
+
+
+def test_locally_connected_layer_is_a_convolution_with_weights_of_its_own():
+  images, _ = _batch(2)
+  images = images[:, :4, :5]
+  computed = cifar10._locally_connected(
+      'local', tf.constant(images), 7, cifar10.Recipe())
+  with _session() as session:
+    computed, weights, biases = session.run(
+        [computed] + tf.trainable_variables())
+  padded = np.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]])
+  weights = weights.reshape(4, 5, 27, 7)
+  assert biases.shape == (4, 5, 7)
+  for y, x in np.ndindex(4, 5):
+    patches = padded[:, y:y + 3, x:x + 3].reshape(2, 27)
+    expected = np.maximum(0, patches @ weights[y, x] + biases[y, x])
+    np.testing.assert_allclose(computed[:, y, x], expected, atol=1e-5)
+
+
+def test_local_model_shares_all_but_its_top_with_the_default():
+  cifar10.inference(tf.zeros([1, 24, 24, 3]), cifar10.Recipe(model='local'))
+  shapes = {v.op.name: v.shape.as_list() for v in tf.trainable_variables()}
+  assert list(shapes) == list(SHAPES)
+  for name, shape in shapes.items():
+    assert (shape == SHAPES[name]) == (
+        name.startswith('conv') or name == 'softmax_linear/biases')
+  assert shapes['local3/weights'] == [36, 576, 32]
+  assert shapes['softmax_linear/weights'] == [1152, 10]
+
+
+# Loss.
+
+
+def test_loss_of_a_fresh_model_is_4_68():
+  images, labels = _batch(128)
+  loss = cifar10.loss(cifar10.inference(tf.constant(images)), labels)
+  with tf.Session() as session:
+    session.run(tf.global_variables_initializer())
+    assert session.run(loss) == pytest.approx(4.68, abs=0.05)
+
+
+@pytest.mark.parametrize('recipe, decay', [
+    ({}, 0.004), ({'weight_decay': 0.0}, 0.0), ({'weight_decay': 0.1}, 0.1)])
+def test_loss_is_mean_cross_entropy_plus_weight_decays(recipe, decay):
+  images, labels = _batch(16)
+  logits = cifar10.inference(tf.constant(images), cifar10.Recipe(**recipe))
+  total_loss = cifar10.loss(logits, tf.constant(labels))
+  losses = {loss.op.name: loss for loss in tf.get_collection('losses')}
+  with _session() as session:
+    values = _values(session)
+    losses, total, logits = session.run([losses, total_loss, logits])
+  logits = logits.astype(np.float64)
+  expected = {
+      '%s/weight_loss' % layer:
+      decay * (values[layer + '/weights'].astype(np.float64) ** 2).sum() / 2
+      for layer in ('local3', 'local4')}
+  expected['cross_entropy'] = (np.log(np.exp(logits).sum(axis=1))
+                               - logits[np.arange(16), labels]).mean()
+  assert losses == pytest.approx(expected, rel=1e-5)
+  assert total == pytest.approx(sum(expected.values()), rel=1e-5)
+  assert total.dtype == np.float32 and total.shape == ()
+
+
+def test_loss_counts_what_a_reader_adds_but_not_in_a_scope_of_its_own():
+  images, labels = _batch(4)
+  tf.add_to_collection('losses', tf.constant(1000.0))
+  with tf.name_scope('mine') as scope:
+    logits = cifar10.inference(tf.constant(images))
+    losses = [cifar10.loss(logits, labels, scope)]
+  losses.append(cifar10.loss(logits, labels))
+  with tf.Session() as session:
+    session.run(tf.global_variables_initializer())
+    scoped, whole = session.run(losses)
+  assert 4 < scoped < 6
+  assert 1006 < whole < 1009  # With a second cross entropy.
+
+
+# Training.
+
+
+@pytest.mark.parametrize('batch_size, stair', [(128, 136718), (64, 273437)])
+def test_step_has_the_rate_and_the_averages_of_the_original(batch_size, stair):
+  FLAGS.batch_size = batch_size
+  variable = tf.get_variable('v', initializer=0.0)
+  tf.get_variable('unused', initializer=0.0)  # By the loss: it does no harm.
+  global_step = tf.train.get_or_create_global_step()
+  train_op = cifar10.train(1.0 * variable, global_step)
+  average, = tf.global_variables('v' + AVERAGE)
+  with tf.Session() as session:
+    session.run(tf.global_variables_initializer())
+    # The stair itself may be on either side in 32-bit arithmetic.
+    for step, rate, decay in [
+        (0, 0.1, 2 / 11), (41, 0.1, 43 / 52), (stair - 1, 0.1, 0.9999),
+        (stair + 1, 0.01, 0.9999), (2 * stair - 1, 0.01, 0.9999),
+        (2 * stair + 1, 0.001, 0.9999)]:
+      variable.load(0.0, session)
+      average.load(1.0, session)
+      global_step.load(step, session)
+      session.run(train_op)
+      assert session.run(global_step) == step + 1
+      assert session.run(variable) == pytest.approx(-rate, rel=1e-5)
+      assert session.run(average) == pytest.approx(
+          decay - (1 - decay) * rate, abs=1e-7)
+
+
+@pytest.mark.parametrize('schedule, rates', [
+    ('staircase', [0.2, 0.2, 0.2, 0.02, 0.02]),
+    ('linear', [0.2, 0.15, 0.1, 0, 0]),
+    ('cosine', [0.2, 0.1 + 0.1 * 0.5 ** 0.5, 0.1, 0, 0])])
+def test_learning_rate_follows_its_schedule(schedule, rates):
+  step = tf.placeholder(tf.int64, [])
+  rate = cifar10.learning_rate(step, cifar10.Recipe(
+      learning_rate=0.2, schedule=schedule, decay_steps=100))
+  with tf.Session() as session:
+    found = [session.run(rate, {step: n}) for n in (0, 25, 50, 100, 120)]
+  np.testing.assert_allclose(found, rates, atol=1e-6)
+
+
+def test_momentum_is_that_of_nesterov():
+  variable = tf.get_variable('v', initializer=1.0)
+  step = cifar10.train(2 * variable, tf.train.get_or_create_global_step(),
+                       cifar10.Recipe(learning_rate=0.1, momentum=0.9))
+  with tf.Session() as session:
+    session.run(tf.global_variables_initializer())
+    session.run(step)
+    session.run(step)
+    # Velocities of 2 and 3.8, and a look ahead from each.
+    assert session.run(variable) == pytest.approx(
+        1 - 0.1 * (2 + 0.9 * 2) - 0.1 * (2 + 0.9 * 3.8))
+
+
+def _one_step(build, values):
+  """Returns what one step makes of variables: all of them, and averages."""
+  with tf.Graph().as_default(), tf.Session() as session:
+    train_op = build()
+    session.run(tf.global_variables_initializer())
+    for variable in tf.global_variables():
+      name = variable.op.name.replace(AVERAGE, '')
+      if name in values:
+        variable.load(values[name], session)
+    session.run(train_op)
+    return session.run({
+        v.op.name: v for v in tf.global_variables()
+        if v.op.name.startswith(tuple(SHAPES)) or v.op.name == 'global_step'})
+
+
+def test_step_by_default_is_that_of_the_plain_formulation(monkeypatch):
+  batch = _batch(128)
+  monkeypatch.setattr(cifar10, 'distorted_inputs',
+                      lambda *_, **__: map(tf.constant, batch))
+  parse_flags(cifar10_train)
+  cifar10.inference(tf.zeros([1, 24, 24, 3]))
+  with _session() as session:
+    before = _values(session)
+  dataset = cifar10_input.CIFAR10
+  ours = _one_step(lambda: cifar10_train.build_step(
+      dataset, cifar10_train.training_recipe(dataset, 128),
+      tf.train.get_or_create_global_step())[0], before)
+  expected = _one_step(lambda: plain.build_step(
+      None, batch=list(map(tf.constant, batch)))[0], before)
+  assert set(ours) == set(expected) and len(ours) == 2 * len(SHAPES) + 1
+  for name, value in ours.items():
+    np.testing.assert_allclose(value, expected[name], atol=1e-5)
+  for name, start in before.items():
+    update = abs(expected[name] - start).max()
+    assert update > 1e-4
+    np.testing.assert_allclose(
+        ours[name], expected[name], rtol=0, atol=1e-3 * update)
+
+
+def _build(size=8):
+  """Builds a network, its loss and its step, for one constant batch."""
+  images, labels = _batch(size)
+  loss = cifar10.loss(cifar10.inference(tf.constant(images)), labels)
+  gradients = tf.gradients(loss, tf.trainable_variables())
+  return gradients, cifar10.train(loss, tf.train.get_or_create_global_step())
+
+
+def test_checkpoint_of_16_bits_is_as_that_of_the_original():
+  FLAGS.use_fp16 = True
+  gradients, train_op = _build()
+  variables = {v.op.name: v for v in tf.global_variables()}
+  assert set(variables) == {
+      'global_step', *SHAPES, *(name + AVERAGE for name in SHAPES),
+      *(loss + '/avg' for loss in (
+          'cross_entropy', 'total_loss', 'local3/weight_loss',
+          'local4/weight_loss'))}
+  assert variables.pop('global_step').dtype.base_dtype == tf.int64
+  assert {v.dtype.base_dtype for v in variables.values()} == {tf.float32}
+  with _session() as session:
+    before, gradients = session.run([tf.trainable_variables(), gradients])
+    session.run(train_op)
+    after = session.run(tf.trainable_variables())
+  for old, new, gradient in zip(before, after, gradients):
+    assert 0 < abs(gradient).max() < 1000
+    np.testing.assert_allclose(
+        new - old, -0.1 * gradient, atol=1e-3 * abs(gradient).max())
+
+
+def test_displayed_are_raw_and_averaged_losses_and_the_share_of_zeros():
+  _, train_op = _build()
+  fetches = [tf.summary.merge_all(), 'pool1:0', 'local4/local4:0']
+  raw = []
+  with _session() as session:
+    for _ in range(3):
+      summary, pool1, local4 = session.run(fetches)
+      scalars = {value.tag: value.simple_value
+                 for value in tf.Summary.FromString(summary).value}
+      raw.append(scalars['total_loss (raw)'])
+      session.run(train_op)
+  assert len(set(raw)) == 3
+  assert scalars['total_loss'] == pytest.approx(
+      0.09 * raw[0] + 0.1 * raw[1], rel=1e-5)
+  for layer, values in ('conv1', pool1), ('local4', local4):
+    assert 0 < scalars[layer + '/sparsity'] < 1
+    assert scalars[layer + '/sparsity'] == pytest.approx((values == 0).mean())
+
+
+# Readers' scripts.
+
+
+@pytest.fixture(scope='module')
+def readers_run(start_script, tmp_path_factory):
+  """The run of readers_script.py, on six files of noise of CIFAR-10's size."""
+  data_dir, train_dir = map(tmp_path_factory.mktemp, ('noise', 'readers_run'))
+  folder = data_dir / cifar10_input.CIFAR10.folder
+  first, *others = cifar10_input.CIFAR10.files
+  write_random(dataclasses.replace(
+      cifar10_input.CIFAR10, train_files={first: 10000}, eval_files={}), folder)
+  for name in others:
+    os.link(folder / first, folder / name)
+  run = finish(start_script(
+      str(ROOT / 'tests' / 'readers_script.py'), '--data_dir=%s' % data_dir,
+      '--train_dir=%s' % train_dir, '--max_steps=3'))
+  run.data_dir, run.train_dir = data_dir, train_dir
+  yield run
+  shutil.rmtree(data_dir)
+
+
+def test_script_that_knows_the_tutorial_alone_runs_unchanged(readers_run):
+  assert readers_run.code == 0, readers_run.stderr
+  lines = re.findall(
+      r'^my step (\d): loss (\d\.\d\d), ', readers_run.stdout, re.M)
+  assert [step for step, _ in lines] == ['0', '1', '2']
+  assert float(lines[0][1]) == pytest.approx(4.68, abs=0.05)
+  assert newest_step(readers_run.train_dir) == 3
+
+
+def test_script_of_the_first_years_counts_as_evaluation_does(
+    readers_run, start_script, call_script, tmp_path):
+  flags = ['--data_dir=%s' % readers_run.data_dir,
+           '--checkpoint_dir=%s' % readers_run.train_dir]
+  classic = finish(start_script(
+      str(ROOT / 'tests' / 'readers_classic.py'), *flags, PYTHONPATH=str(ROOT)))
+  assert classic.code == 0, classic.stderr
+  path = tmp_path / 'predictions.csv'
+  call_script(cifar10_eval, *flags, '--eval_dir=%s' % tmp_path, '--run_once',
+              '--predictions_csv=%s' % path)
+  rows = list(csv.DictReader(path.read_text().splitlines()))
+  hits = [row['label'] == row['prediction'] for row in rows]
+  # Its last batch is filled up with the first examples.
+  assert len(hits) == 10000
+  assert classic.stdout.splitlines()[-1] == 'my count: %d' % (
+      sum(hits) + sum(hits[:79 * 128 - 10000]))
+
+
+def test_script_has_constants_and_flags_of_its_own(start_script, tmp_path):
+  dataset = dataclasses.replace(
+      cifar10_input.CIFAR10, classes=tuple('abcdef'),
+      train_files=dict.fromkeys(cifar10_input.CIFAR10.train_files, 50),
+      eval_files={'test_batch.bin': 100})
+  write_random(dataset, tmp_path / dataset.folder)
+  run = finish(start_script(
+      str(ROOT / 'tests' / 'readers_constants.py'), '--data_dir=%s' % tmp_path,
+      '--train_dir=%s' % tmp_path, '--batch_size=100', PYTHONPATH=str(ROOT)))
+  assert run.code == 0, run.stderr
+  counts = re.findall(r'^my counts: (\d+) (\d+)$', run.stdout, re.M)
+  assert len(counts) == 4 and all(one == other for one, other in counts)
+  rates = {step: value.simple_value for step, tag, value in events(tmp_path)
+           if tag == 'learning_rate'}
+  print(rates)
+  assert 0
