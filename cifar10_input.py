@@ -609,15 +609,12 @@ def read_cifar10(filename_queue, dataset=None):
       uint8image: uint8 Tensor of shape [height, width, depth].
   """
   dataset = dataset or CIFAR10
-  key, value = _record_reader(dataset).read(filename_queue)
+  reader = tf.FixedLengthRecordReader(dataset.record_bytes)
+  key, value = reader.read(filename_queue)
   planes, label = parse_records([value], dataset)
   return types.SimpleNamespace(
       height=HEIGHT, width=WIDTH, depth=DEPTH, key=key, label=label,
       uint8image=tf.stack(tf.unstack(planes[0]), axis=2))
-
-
-def _record_reader(dataset):
-  return tf.FixedLengthRecordReader(dataset.record_bytes)
 
 
 def parse_records(values, dataset):
@@ -639,8 +636,8 @@ def _fill(queue, paths, dataset, shuffle):
   """Adds a thread to the session that moves records from files to a queue."""
   filename_queue = tf.train.string_input_producer(
       paths, shuffle=shuffle, name='file_names')
-  _, values = _record_reader(dataset).read_up_to(
-      filename_queue, _RECORDS_PER_READ)
+  reader = tf.FixedLengthRecordReader(dataset.record_bytes)
+  _, values = reader.read_up_to(filename_queue, _RECORDS_PER_READ)
   tf.train.add_queue_runner(
       tf.train.QueueRunner(queue, [queue.enqueue_many([values])]))
 
