@@ -164,7 +164,7 @@ def eval_once(checkpoint, evaluation):
   dataset, files = evaluation.dataset, evaluation.files
   cifar10_train.check_checkpoint(checkpoint, evaluation.variables)
   # Read first: a trainer may remove the checkpoint before we are through.
-  step = tf.train.load_variable(checkpoint, tf.GraphKeys.GLOBAL_STEP)
+  step = cifar10_train.read_step(checkpoint)
   num_examples = min(FLAGS.num_examples, sum(files.values()))
   outcome = Outcome(len(dataset.classes))
   with evaluation.graph.as_default(), tf.train.MonitoredSession(
@@ -215,9 +215,17 @@ class Outcome:
             (probabilities[i].max(), labels[i], predicted[i], images[i])
             for i in wrong], key=operator.itemgetter(0))
 
-  total = property(lambda self: self.confusion.sum())
-  correct = property(lambda self: self.confusion.trace())
-  precision = property(lambda self: self.correct / self.total)
+  @property
+  def total(self):
+    return self.confusion.sum()
+
+  @property
+  def correct(self):
+    return self.confusion.trace()
+
+  @property
+  def precision(self):
+    return self.correct / self.total
 
   def print_classes(self, classes):
     """Prints how many of each class were found, and how many finds hold."""

@@ -340,8 +340,8 @@ def own_pictures(folder, data_dir):
       for path in sorted(pathlib.Path(folder, part, name).rglob('[!.]*'))
       if path.is_file()]
   if len(classes) < 2 or {row[0] for row in listing} != {'train', 'test'}:
-    raise UserError(f'--dataset={folder} has not the pictures that it takes to '
-                    'learn: in train/CLASS/ and test/CLASS/, of two classes.')
+    raise UserError(f'--dataset={folder} needs pictures in train/CLASS/ and '
+                    'test/CLASS/, of two classes or more.')
   # Another listing is another data set, and its records have another folder.
   digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
   title = os.path.basename(folder)

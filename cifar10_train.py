@@ -157,6 +157,7 @@ def run_training(build, examples, task=None):
 
 def _train(build, dataset, examples, task, checkpoint):
   """Builds the graph and runs it; see `run_training`."""
+  tf.summary.FileWriterCache.clear()  # A program may train more than once.
   examples_per_step = examples * task.num_workers
   global_step = tf.train.get_or_create_global_step()
   train_op, loss = build(
@@ -364,7 +365,7 @@ def latest_checkpoint(folder):
 def _find_flaw(checkpoint):
   """Returns why a checkpoint is not acceptable, or None."""
   try:
-    reader = tf.train.load_checkpoint(checkpoint)
+    reader = tf.train.NewCheckpointReader(checkpoint)
     for name in reader.get_variable_to_shape_map():
       value = reader.get_tensor(name)  # Checks the CRC-32C of its bytes.
       if value.dtype.kind == 'f' and not np.isfinite(value).all():
@@ -374,6 +375,12 @@ def _find_flaw(checkpoint):
   except Exception as error:  # An IndexError, for a file that was cut.
     return what_went_wrong(error)
   return None
+
+
+def read_step(checkpoint):
+  """Returns the number of steps that a checkpoint was saved after."""
+  reader = tf.train.NewCheckpointReader(checkpoint)
+  return reader.get_tensor(tf.GraphKeys.GLOBAL_STEP)
 
 
 def check_checkpoint(checkpoint, variables):
@@ -386,7 +393,7 @@ def check_checkpoint(checkpoint, variables):
   Raises:
     UserError: it lacks a variable, or has another shape or type.
   """
-  reader = tf.train.load_checkpoint(checkpoint)
+  reader = tf.train.NewCheckpointReader(checkpoint)
   shapes = reader.get_variable_to_shape_map()
   dtypes = reader.get_variable_to_dtype_map()
   for name, variable in variables.items():
@@ -413,7 +420,7 @@ def _checkpoint_to_continue():
 
 def _is_trained(checkpoint):
   """Returns whether nothing is left to do, and says where training starts."""
-  step = tf.train.load_variable(checkpoint, tf.GraphKeys.GLOBAL_STEP)
+  step = read_step(checkpoint)
   if step < FLAGS.max_steps:
     say(f'Continuing from {checkpoint}.')
     return False

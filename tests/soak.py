@@ -23,18 +23,17 @@ KNOWN = re.compile(
     r'model\.ckpt-\d+\.(index|meta|data-00000-of-00001)')
 
 
-def start(script, *flags, **options):
+def start(script, *flags):
   return subprocess.Popen(
-      [sys.executable, str(ROOT / script)] + list(flags),
-      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-      universal_newlines=True, **options)
+      [sys.executable, str(ROOT / script), *flags], stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT, text=True)
 
 
 def newest_step(train_dir):
   """Returns the step of the newest checkpoint, or None."""
   sys.path.insert(0, str(ROOT))
-  import cifar10
-  checkpoint = cifar10.latest_checkpoint(str(train_dir))
+  import cifar10_train
+  checkpoint = cifar10_train.latest_checkpoint(str(train_dir))
   return int(checkpoint.split('-')[-1]) if checkpoint else None
 
 
@@ -63,9 +62,9 @@ def train(args, train_dir, kills, chance):
   assert not remains, remains
   assert newest_step(train_dir) == args.steps
   output = start(
-      'cifar10_eval.py', '--data_dir=' + args.data_dir, '--run_once',
-      '--checkpoint_dir=%s' % train_dir, '--eval_dir=%s_eval' % train_dir,
-      *(flag for flag in args.flags if 'dataset' in flag)).communicate()[0]
+      'cifar10_eval.py', '--run_once',
+      '--checkpoint_dir=%s' % train_dir,
+      '--eval_dir=%s_eval' % train_dir).communicate()[0]
   return float(re.search(r'precision @ 1 = (\S+)', output)[1])
 
 
@@ -76,10 +75,10 @@ def main():
   parser.add_argument('--steps', type=int, default=3000)
   parser.add_argument('--kills', type=int, default=20)
   parser.add_argument('--seed', type=int, default=1)
-  parser.add_argument('--first', type=float, default=4, help='seconds that '
-                      'each start is left alone')
-  parser.add_argument('--span', type=float, default=8, help='seconds in which '
-                      'it is killed after that')
+  parser.add_argument('--first', type=float, default=4,
+                      help='seconds that each start is left alone')
+  parser.add_argument('--span', type=float, default=8,
+                      help='seconds in which it is killed after that')
   parser.add_argument('flags', nargs='*', help='of cifar10_train.py')
   args = parser.parse_args()
   chance = random.Random(args.seed)

@@ -51,16 +51,17 @@ def _values(session):
   return session.run({v.op.name: v for v in tf.trainable_variables()})
 
 
-def _session():
-  """Starts a session in which no two biases are equal."""
+def _session(noise=0.02):
+  """Starts a session in which noise is on the variables: no biases are equal.
+  """
   session = tf.Session()
   session.run(tf.global_variables_initializer())
   for v in tf.trainable_variables():
-    session.run(tf.assign_add(v, tf.random.normal(v.shape, stddev=0.02)))
+    session.run(tf.assign_add(v, tf.random.normal(v.shape, stddev=noise)))
   return session
 
 
-# Variables.
+# The network.
 
 
 def test_variables_have_the_names_and_shapes_of_the_original():
@@ -76,8 +77,7 @@ def test_variables_have_the_names_and_shapes_of_the_original():
 
 def test_initial_variables_are_drawn_as_the_original_draws_them():
   cifar10.inference(tf.zeros([1, 24, 24, 3]))
-  with tf.Session() as session:
-    session.run(tf.global_variables_initializer())
+  with _session(noise=0) as session:
     values = _values(session)
   for layer, (deviation, bias) in INITIAL.items():
     weights = values[layer + '/weights']
@@ -86,9 +86,6 @@ def test_initial_variables_are_drawn_as_the_original_draws_them():
     assert abs(weights.mean()) < 5 * deviation / np.sqrt(weights.size)
     assert 1.8 * deviation < abs(weights).max() <= 2.0001 * deviation
     np.testing.assert_array_equal(values[layer + '/biases'], np.float32(bias))
-
-
-# The function that the network computes.
 
 
 def _layers_of_the_table(images, values):
@@ -150,13 +147,12 @@ def test_normalization_and_its_gradient_are_those_of_tensorflow(
   exact = tf.cast(rounded, tf.float32)
   ours = cifar10.local_response_normalization(
       rounded, depth_radius, bias, alpha)
+  ours = [ours, *tf.gradients(ours, rounded, tf.cast(upstream, dtype))]
   oracle = tf.nn.lrn(exact, depth_radius, bias, alpha, beta=0.75)
-  gradient, = tf.gradients(ours, rounded, tf.cast(upstream, dtype))
-  oracle_gradient, = tf.gradients(oracle, exact, upstream)
+  oracle = [oracle, *tf.gradients(oracle, exact, upstream)]
   with tf.Session() as session:
     results, expected = session.run([
-        [tf.cast(ours, tf.float32), tf.cast(gradient, tf.float32)],
-        [oracle, oracle_gradient]])
+        [tf.cast(values, tf.float32) for values in ours], oracle])
   # What float32 loses in two orders of summation; and half a unit in the last
   # of 8 bits, twice, since the gradient that comes in is rounded likewise.
   tolerance = 2e-6 if dtype == tf.float32 else 2 ** -7
@@ -177,14 +173,10 @@ def test_16_bits_are_for_activations_and_not_for_variables(dtype, tolerance):
     assert graph.get_tensor_by_name(name + ':0').dtype == dtype
   with tf.variable_scope('', reuse=True):
     exact = cifar10.inference(images)
-  with tf.Session() as session:
-    session.run(tf.global_variables_initializer())
+  with _session(noise=0) as session:
     result, expected = session.run([logits, exact])
   np.testing.assert_allclose(result, expected, atol=tolerance)
   assert (result != expected).any()
-
-
-# The local model.
 
 
 def test_locally_connected_layer_is_a_convolution_with_weights_of_its_own():
@@ -207,15 +199,13 @@ def test_locally_connected_layer_is_a_convolution_with_weights_of_its_own():
 def test_local_model_shares_all_but_its_top_with_the_default():
   cifar10.inference(tf.zeros([1, 24, 24, 3]), cifar10.Recipe(model='local'))
   shapes = {v.op.name: v.shape.as_list() for v in tf.trainable_variables()}
-  assert list(shapes) == list(SHAPES)
-  for name, shape in shapes.items():
-    assert (shape == SHAPES[name]) == (
-        name.startswith('conv') or name == 'softmax_linear/biases')
-  assert shapes['local3/weights'] == [36, 576, 32]
-  assert shapes['softmax_linear/weights'] == [1152, 10]
+  assert shapes == {
+      **SHAPES, 'local3/weights': [36, 576, 32], 'local3/biases': [6, 6, 32],
+      'local4/weights': [36, 288, 32], 'local4/biases': [6, 6, 32],
+      'softmax_linear/weights': [1152, 10]}
 
 
-# Loss.
+# Its training.
 
 
 @pytest.mark.parametrize('recipe, decay', [
@@ -247,14 +237,10 @@ def test_loss_counts_what_a_reader_adds_but_not_in_a_scope_of_its_own():
     logits = cifar10.inference(tf.constant(images))
     losses = [cifar10.loss(logits, labels, scope)]
   losses.append(cifar10.loss(logits, labels))
-  with tf.Session() as session:
-    session.run(tf.global_variables_initializer())
+  with _session(noise=0) as session:
     scoped, whole = session.run(losses)
   assert 4 < scoped < 6
   assert 1006 < whole < 1009  # With a second cross entropy.
-
-
-# Training.
 
 
 @pytest.mark.parametrize('batch_size, stair', [(128, 136718), (64, 273437)])
@@ -265,8 +251,7 @@ def test_step_has_the_rate_and_the_averages_of_the_original(batch_size, stair):
   global_step = tf.train.get_or_create_global_step()
   train_op = cifar10.train(1.0 * variable, global_step)
   average, = tf.global_variables('v' + AVERAGE)
-  with tf.Session() as session:
-    session.run(tf.global_variables_initializer())
+  with _session(noise=0) as session:
     # The stair itself may be on either side in 32-bit arithmetic.
     for step, rate, decay in [
         (0, 0.1, 2 / 11), (41, 0.1, 43 / 52), (stair - 1, 0.1, 0.9999),
@@ -299,8 +284,7 @@ def test_momentum_is_that_of_nesterov():
   variable = tf.get_variable('v', initializer=1.0)
   step = cifar10.train(2 * variable, tf.train.get_or_create_global_step(),
                        cifar10.Recipe(learning_rate=0.1, momentum=0.9))
-  with tf.Session() as session:
-    session.run(tf.global_variables_initializer())
+  with _session(noise=0) as session:
     session.run(step)
     session.run(step)
     # Velocities of 2 and 3.8, and a look ahead from each.
@@ -309,18 +293,16 @@ def test_momentum_is_that_of_nesterov():
 
 
 def _one_step(build, values):
-  """Returns what one step makes of variables: all of them, and averages."""
-  with tf.Graph().as_default(), tf.Session() as session:
+  """Returns what one step makes of variables that start with given values."""
+  with tf.Graph().as_default(), _session(noise=0) as session:
     train_op = build()
     session.run(tf.global_variables_initializer())
-    for variable in tf.global_variables():
-      name = variable.op.name.replace(AVERAGE, '')
-      if name in values:
-        variable.load(values[name], session)
+    variables = {v.op.name: v for v in tf.global_variables()
+                 if v.op.name.replace(AVERAGE, '') in values}
+    for name, variable in variables.items():
+      variable.load(values[name.replace(AVERAGE, '')], session)
     session.run(train_op)
-    return session.run({
-        v.op.name: v for v in tf.global_variables()
-        if v.op.name.startswith(tuple(SHAPES)) or v.op.name == 'global_step'})
+    return session.run(variables)
 
 
 def test_step_by_default_is_that_of_the_plain_formulation(monkeypatch):
@@ -329,8 +311,8 @@ def test_step_by_default_is_that_of_the_plain_formulation(monkeypatch):
                       lambda *_, **__: map(tf.constant, batch))
   parse_flags(cifar10_train)
   random = np.random.default_rng(0)
-  before = {name: random.normal(0, 0.04, shape)
-            for name, shape in SHAPES.items()}
+  before = {'global_step': 0, **{name: random.normal(0, 0.04, shape)
+                                 for name, shape in SHAPES.items()}}
   ours = _one_step(lambda: cifar10_train.build_step(
       CIFAR10, cifar10_train.training_recipe(CIFAR10, 128),
       tf.train.get_or_create_global_step())[0], before)
@@ -339,10 +321,11 @@ def test_step_by_default_is_that_of_the_plain_formulation(monkeypatch):
   assert set(ours) == set(expected) and len(ours) == 2 * len(SHAPES) + 1
   for name, value in ours.items():
     np.testing.assert_allclose(value, expected[name], atol=1e-5)
-    update = abs(expected[name] - before.get(name, 0)).max()
+    update = abs(expected[name] - before[name.replace(AVERAGE, '')]).max()
     assert update > 1e-4
+    # Rounding decides which of two equal values a pool takes.
     np.testing.assert_allclose(
-        value, expected[name], rtol=0, atol=1e-3 * update)
+        value, expected[name], rtol=0, atol=1e-2 * update)
 
 
 def _build():

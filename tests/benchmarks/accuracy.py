@@ -72,8 +72,11 @@ def settings_of(flags):
   """Returns what flags, and the recipe that they name, change."""
   import cifar10
   import cifar10_train
+  if 'recipe' not in cifar10.FLAGS:
+    cifar10_train.define_flags()
   cifar10.FLAGS([cifar10_train.__file__, *flags])
-  cifar10.adopt_recipe()
+  for name, value in cifar10.RECIPES[cifar10.FLAGS.recipe].items():
+    cifar10.FLAGS.set_default(name, value)
   names = set().union(*cifar10.RECIPES.values(), (
       flag.split('=')[0].lstrip('-') for flag in flags))
   return {name: cifar10.FLAGS[name].value for name in sorted(names)}

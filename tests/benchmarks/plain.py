@@ -2,12 +2,13 @@
 
 The mathematics of the tutorial in the operations that it names: one image at a
 time is distorted in 16 threads, the shuffle queue holds float images, and
-`tf.nn.lrn` normalizes. Nothing of it comes from the modules under test but the
-import of TensorFlow, so that a fault of theirs cannot hide in both.
+`tf.nn.lrn` normalizes. Nothing of it comes from the modules under test, so that
+a fault of theirs cannot hide in both.
 """
 import os
 
-from cifar10_input import tf
+import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
+import tensorflow.compat.v1 as tf
 
 
 def build_step(data_dir, batch_size=128, dtype=tf.float32, batch=None):

@@ -188,8 +188,10 @@ def build_plain(tf, suite, dtype, batch, data_dir, batch_size, towers):
 
 def build_ours(tf, suite, dtype, batch, data_dir, batch_size, towers):
   import cifar10
+  import cifar10_input
   import cifar10_multi_gpu_train
   import cifar10_train
+  cifar10_multi_gpu_train.define_flags()
   cifar10.FLAGS(['worker', '--data_dir=' + data_dir,
                  '--batch_size=%d' % batch_size, '--num_gpus=%d' % towers,
                  '--use_bfloat16=%s' % (dtype == 'bfloat16')])
@@ -198,8 +200,10 @@ def build_ours(tf, suite, dtype, batch, data_dir, batch_size, towers):
   if suite == 'limit':
     cifar10.local_response_normalization = lambda images, **kwargs: images
   script = cifar10_multi_gpu_train if towers > 1 else cifar10_train
+  dataset = cifar10_input.CIFAR10
   return script.build_step(
-      cifar10.CIFAR10, tf.train.get_or_create_global_step())
+      dataset, cifar10_train.training_recipe(dataset, batch_size * towers),
+      tf.train.get_or_create_global_step())
 
 
 # The process that compares.
