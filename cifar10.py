@@ -110,16 +110,14 @@ def distorted_inputs(dataset=None, batch_size=None, **options):
   """Builds the input of training, from --data_dir.
 
   Args:
-    dataset: the `cifar10_input.Dataset`; by default CIFAR-10, or what a script
-      with constants of its own has in the files of CIFAR-10.
+    dataset: the `cifar10_input.Dataset`; by default CIFAR-10, or what the
+      constants of a script describe.
     batch_size: images a batch; by default --batch_size.
-    **options: of `cifar10_input.distorted_inputs`.
-
-  Returns:
-    images: float32 [batch_size, IMAGE_SIZE, IMAGE_SIZE, 3].
-    labels: int32 [batch_size].
+    **options: of `cifar10_input.distorted_inputs`, which says what it returns.
   """
-  dataset = dataset or _own_dataset()
+  dataset = dataset or cifar10_input.own_dataset(
+      NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN,
+      NUM_EXAMPLES_PER_EPOCH_FOR_EVAL)
   images, labels = cifar10_input.distorted_inputs(
       data_folder(dataset), batch_size or FLAGS.batch_size, dataset, **options)
   _image_summary('images', images)
@@ -132,23 +130,15 @@ def inputs(eval_data, dataset=None, **options):
   Args:
     eval_data: whether to read the files to evaluate on, or those to train on.
     dataset: as for `distorted_inputs`.
-    **options: of `cifar10_input.inputs`.
-
-  Returns:
-    images: float32 [batch_size, IMAGE_SIZE, IMAGE_SIZE, 3].
-    labels: int32 [batch_size].
+    **options: of `cifar10_input.inputs`, which says what it returns.
   """
-  dataset = dataset or _own_dataset()
+  dataset = dataset or cifar10_input.own_dataset(
+      NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN,
+      NUM_EXAMPLES_PER_EPOCH_FOR_EVAL)
   images, labels = cifar10_input.inputs(
       eval_data, data_folder(dataset), FLAGS.batch_size, dataset, **options)
   _image_summary('images', images)
   return images, labels
-
-
-def _own_dataset():
-  return cifar10_input.own_dataset(
-      NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN,
-      NUM_EXAMPLES_PER_EPOCH_FOR_EVAL)
 
 
 def data_folder(dataset=None):
@@ -266,14 +256,10 @@ def _weights_and_biases(shape, dtype, stddev, bias, decay=None,
                         bias_shape=None):
   """Makes a layer's variables, and returns them as tensors of a dtype.
 
-  Args:
-    shape: of the weights; the last number is that of the outputs.
-    dtype: what the layer computes in. The variables are float32, since small
-      updates would be lost in 16 bits.
-    stddev: of the truncated normal distribution of the initial weights.
-    bias: the initial biases.
-    decay: factor of the weights' L2 loss in the collection `losses`, or None.
-    bias_shape: of the biases; by default one for each output.
+  The variables are float32: small updates would be lost in 16 bits. Weights of
+  that shape begin as a truncated normal distribution; with a decay, their L2
+  loss times that is in the collection `losses`. Each output, of which the last
+  number of the shape tells, has a bias, unless `bias_shape` has more.
   """
   weights = _variable_on_cpu(
       'weights', shape, tf.truncated_normal_initializer(stddev=stddev))
@@ -311,12 +297,8 @@ def local_response_normalization(
 
   Args:
     images: [batch, height, width, channels], of any floating-point type.
-    depth_radius: int, in channels.
-    bias, alpha: float.
-    name: of the result, and of the scope of the operations.
-
-  Returns:
-    The same shape and type.
+    depth_radius, bias, alpha: numbers, as above.
+    name: of the result, which has the shape and type of the images.
   """
   beta = 0.75
   channel = np.arange(images.shape.as_list()[-1])
@@ -410,16 +392,13 @@ def make_optimizer(rate, recipe):
 
 
 def apply_gradients(optimizer, gradients, global_step, recipe):
-  """Updates the variables, and then their moving averages.
+  """Returns the operation that updates variables, then their moving averages.
 
   Args:
     optimizer: from `make_optimizer`.
     gradients: list of (gradient, variable) pairs.
     global_step: int64 variable, raised by one.
     recipe: the `Recipe`.
-
-  Returns:
-    The operation that does both.
   """
   apply_gradient_op = optimizer.apply_gradients(gradients, global_step)
   # The averages have to see the new values, so they wait for them.
@@ -443,15 +422,9 @@ def variable_averages(global_step, recipe):
 
 
 def observe(losses, gradients, rate):
-  """Draws what happens in training.
+  """Shows losses, (gradient, variable) pairs and the learning rate.
 
-  Args:
-    losses: scalars whose names the summaries take.
-    gradients: list of (gradient, variable) pairs.
-    rate: the learning rate.
-
-  Returns:
-    The operation that moves the averages of the losses.
+  Returns the operation that moves the averages of the losses.
   """
   # The losses of single batches jump: their averages are for looking at. The
   # original's checkpoints have them under this name.

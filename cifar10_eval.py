@@ -124,14 +124,9 @@ def _views():
 
 
 def _probabilities(images, dataset):
-  """Returns what the network says of images, averaged over their views.
+  """Returns what the network says of images from `cifar10_input.crop_views`.
 
-  Args:
-    images: float32 [views * batch, size, size, 3], view by view.
-    dataset: the `cifar10_input.Dataset`.
-
-  Returns:
-    float32 [batch, classes].
+  It is averaged over the views of each picture: float32 [batch, classes].
   """
   logits = cifar10.inference(images, cifar10_train.network_recipe(dataset))
   by_view = tf.reshape(
@@ -156,10 +151,6 @@ def eval_once(checkpoint, evaluation):
 
   Returns:
     Precision @ 1, from 0 to 1.
-
-  Raises:
-    UserError: the checkpoint does not fit the network, or a file of the data
-      set is not as it should be.
   """
   dataset, files = evaluation.dataset, evaluation.files
   cifar10_train.check_checkpoint(checkpoint, evaluation.variables)

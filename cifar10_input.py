@@ -320,15 +320,10 @@ def _write_records(path, labels, planes):
 
 
 def own_pictures(folder, data_dir):
-  """Returns a `Dataset` of a reader's own pictures.
+  """Returns a `Dataset` of a reader's own pictures, as records in data_dir.
 
-  Args:
-    folder: absolute path; has train/CLASS/ and test/CLASS/, with JPEG, PNG, GIF
-      or BMP files of any size.
-    data_dir: folder of all data sets, where their records are written once.
-
-  Raises:
-    UserError: there are no such folders, or no pictures in them.
+  They are JPEG, PNG, GIF or BMP files of any size in folder/train/CLASS/ and
+  folder/test/CLASS/; a UserError says if there are none.
   """
   train_dir = os.path.join(folder, 'train')
   names = sorted(os.listdir(train_dir)) if os.path.isdir(train_dir) else []
@@ -392,12 +387,8 @@ def decode(contents):
 def fit(images):
   """Scales pictures until they cover 32x32 pixels, and cuts off the rest.
 
-  Args:
-    images: [batch, height, width, 3], 0 to 255, of any type.
-
-  Returns:
-    float32 [batch, 3, 32, 32], whole numbers from 0 to 255. Pictures that have
-    this size already stay as they are.
+  Makes of images [batch, height, width, 3], 0 to 255, of any type, float32
+  [batch, 3, 32, 32] of whole numbers. Those of that size stay as they are.
   """
   size = tf.constant([HEIGHT, WIDTH], tf.float32)
   shape = tf.cast(tf.shape(images)[1:3], tf.float32)
@@ -618,11 +609,7 @@ def read_cifar10(filename_queue, dataset=None):
 
 
 def parse_records(values, dataset):
-  """Splits records, strings [n], into pictures and labels.
-
-  Returns:
-    planes: uint8 [n, 3, 32, 32].
-    labels: int32 [n].
+  """Splits strings [n] into planes, uint8 [n, 3, 32, 32], and int32 labels [n].
   """
   records = tf.ensure_shape(
       tf.decode_raw(values, tf.uint8), [None, dataset.record_bytes])

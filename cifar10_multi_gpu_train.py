@@ -37,9 +37,8 @@ FLAGS = flags.FLAGS
 
 def train():
   """Trains on --num_gpus towers of each machine. Returns the exit code."""
-  config = cifar10_train.cluster_config()
-  if config:
-    return Cluster(*read_cluster(config)).run()
+  if cifar10_train.is_in_cluster():
+    return Cluster(*read_cluster()).run()
   return cifar10_train.run_training(
       build_step, FLAGS.batch_size * FLAGS.num_gpus)
 
@@ -49,17 +48,9 @@ def train():
 
 def build_step(dataset, recipe, global_step,
                apply_gradients=cifar10.apply_gradients):
-  """Builds one step of training on all towers.
+  """Builds one step of training on all towers; see `cifar10_train.build_step`.
 
-  Args:
-    dataset: the `cifar10_input.Dataset` to learn from.
-    recipe: the `cifar10.Recipe`.
-    global_step: int64 variable, the number of steps done.
-    apply_gradients: function that updates the variables, as
-      `cifar10.apply_gradients` does.
-
-  Returns:
-    The operation that does the step, and its loss, a scalar float32.
+  `apply_gradients` updates the variables, as `cifar10.apply_gradients` does.
   """
   # Whatever is not a tower's is on the CPU, in reach of all towers.
   with tf.device('/cpu:0'):
@@ -116,13 +107,9 @@ def tower_loss(scope, images, labels, recipe=None):
 
 
 def average_losses(tower_losses):
-  """Averages each loss over all towers.
+  """Averages each loss over all towers, which have a list of scalars each.
 
-  Args:
-    tower_losses: for each tower a list of scalars, the same losses in each.
-
-  Returns:
-    A list of scalars, named as the losses are without their tower.
+  Each average has the name of its losses, without their tower.
   """
   return [
       _average(losses, re.sub(
@@ -159,18 +146,12 @@ def _average(tensors, name):
 _TIMEOUT_SECS = 600  # How long to wait for a task that is not there.
 
 
-def read_cluster(config):
+def read_cluster():
   """Returns what TF_CONFIG says of a cluster and of this process's task in it.
 
-  Args:
-    config: what the variable holds, as a dict.
-
-  Returns:
-    A dict from 'ps', 'worker' and either 'chief' or 'master' to lists of
-    addresses, HOST:PORT; the task's job, one of these; and its index.
-
-  Raises:
-    UserError: one cannot train with what it says.
+  That is a dict from 'ps', 'worker' and either 'chief' or 'master' to lists of
+  addresses, HOST:PORT; the task's job, one of these; and its index. A UserError
+  says why one cannot train with it.
   """
   try:
     resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()

@@ -128,10 +128,6 @@ def run_training(build, examples, task=None):
 
   Returns:
     The exit code: 0, or 128 and the number of the signal.
-
-  Raises:
-    UserError: --train_dir is in use or of another network, a file of the data
-      set is not as it should be, or the loss is not finite any more.
   """
   task = task or Task()
   with contextlib.ExitStack() as stack:
@@ -252,7 +248,8 @@ class LoggerHook(tf.train.SessionRunHook):
 
   def after_create_session(self, session, coord):
     self.step = self._last_line = session.run(tf.train.get_global_step())
-    self._next_line = self.step + -self.step % self._log_frequency
+    self._next_line = self._log_frequency * math.ceil(
+        self.step / self._log_frequency)
     self._last_time = time.time()
 
   def before_run(self, run_context):
@@ -384,14 +381,9 @@ def read_step(checkpoint):
 
 
 def check_checkpoint(checkpoint, variables):
-  """Refuses a checkpoint that a session could not restore.
+  """Refuses a checkpoint in which a variable has another shape or type.
 
-  Args:
-    checkpoint: its path, without a suffix.
-    variables: dict from a name in the checkpoint to the variable to restore.
-
-  Raises:
-    UserError: it lacks a variable, or has another shape or type.
+  `variables` is a dict from names in the checkpoint to variables to restore.
   """
   reader = tf.train.NewCheckpointReader(checkpoint)
   shapes = reader.get_variable_to_shape_map()
@@ -654,13 +646,10 @@ def _interrupt(signum):
   raise KeyboardInterrupt(signum)
 
 
-def cluster_config():
-  """Returns what TF_CONFIG says of a cluster, or None if it says nothing.
+def is_in_cluster():
+  """Returns whether TF_CONFIG makes this process a task of a cluster.
 
   A cluster of one task that computes is one machine, and trains as one.
-
-  Raises:
-    UserError: it cannot be read, or this process is to be the evaluator.
   """
   try:
     config = json.loads(os.environ.get('TF_CONFIG') or '{}')
@@ -671,14 +660,13 @@ def cluster_config():
   if job == 'evaluator':
     raise UserError('TF_CONFIG says that this is the evaluator, which is '
                     'cifar10_eval.py.')
-  computing = [cluster.pop(name, []) for name in ('chief', 'master', 'worker')]
   cluster.pop('evaluator', None)
-  is_alone = not any(cluster.values()) and sum(map(len, computing)) <= 1
-  return None if is_alone else config
+  computing = [cluster.pop(name, []) for name in ('chief', 'master', 'worker')]
+  return any(cluster.values()) or sum(map(len, computing)) > 1
 
 
 def main(argv=None):
-  if cluster_config():
+  if is_in_cluster():
     raise UserError('TF_CONFIG describes a cluster, on which '
                     'cifar10_multi_gpu_train.py trains.')
   return train()
