@@ -342,7 +342,8 @@ def loss(logits, labels, scope=None):
     Scalar float32: mean cross entropy plus weight decays.
   """
   cross_entropies = tf.nn.sparse_softmax_cross_entropy_with_logits(
-      labels=labels, logits=logits, name='cross_entropy_per_example')
+      labels=tf.cast(labels, tf.int64, name='labels'), logits=logits,
+      name='cross_entropy_per_example')
   tf.add_to_collection(
       'losses', tf.reduce_mean(cross_entropies, axis=0, name='cross_entropy'))
   return tf.add_n(tf.get_collection('losses', scope), name='total_loss')

@@ -7,6 +7,7 @@ After each kill the next start must go on from the newest whole checkpoint, and
 in the end there is no file that the suite does not know.
 """
 import argparse
+from itertools import filterfalse
 import os
 import pathlib
 import random
@@ -18,6 +19,9 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import cifar10_train
+
 KNOWN = re.compile(
     r'\.lock|run\.json|checkpoint|graph\.pbtxt|events\.out\.tfevents\..*|'
     r'model\.ckpt-\d+\.(index|meta|data-00000-of-00001)')
@@ -25,14 +29,12 @@ KNOWN = re.compile(
 
 def start(script, *flags):
   return subprocess.Popen(
-      [sys.executable, str(ROOT / script), *flags], stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT, text=True)
+      [sys.executable, str(ROOT / script), *flags], text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def newest_step(train_dir):
-  """Returns the step of the newest checkpoint, or None."""
-  sys.path.insert(0, str(ROOT))
-  import cifar10_train
+  """Returns the step of the newest checkpoint that is whole, or None."""
   checkpoint = cifar10_train.latest_checkpoint(str(train_dir))
   return int(checkpoint.split('-')[-1]) if checkpoint else None
 
@@ -51,8 +53,7 @@ def train(args, train_dir, kills, chance):
     output = process.communicate()[0]
     continued = re.search(r'Continuing from .*-(\d+)\.\n', output)
     steps = [int(step) for step in re.findall(r': step (\d+),', output)]
-    remains = [name for name in os.listdir(train_dir)
-               if not KNOWN.fullmatch(name)]
+    remains = set(filterfalse(KNOWN.fullmatch, os.listdir(train_dir)))
     print('start %d: newest %s, continued %s, steps %s to %s, %d remains' % (
         i, before, continued and continued[1], steps[:1], steps[-1:],
         len(remains)), flush=True)
@@ -61,10 +62,8 @@ def train(args, train_dir, kills, chance):
     assert not steps or steps[0] == (before or 0)
   assert not remains, remains
   assert newest_step(train_dir) == args.steps
-  output = start(
-      'cifar10_eval.py', '--run_once',
-      '--checkpoint_dir=%s' % train_dir,
-      '--eval_dir=%s_eval' % train_dir).communicate()[0]
+  output = start('cifar10_eval.py', '--checkpoint_dir=%s' % train_dir,
+                 '--eval_dir=%s_eval' % train_dir).communicate()[0]
   return float(re.search(r'precision @ 1 = (\S+)', output)[1])
 
 
@@ -75,10 +74,10 @@ def main():
   parser.add_argument('--steps', type=int, default=3000)
   parser.add_argument('--kills', type=int, default=20)
   parser.add_argument('--seed', type=int, default=1)
-  parser.add_argument('--first', type=float, default=4,
-                      help='seconds that each start is left alone')
-  parser.add_argument('--span', type=float, default=8,
-                      help='seconds in which it is killed after that')
+  parser.add_argument('--first', type=float, default=4, metavar='SECS',
+                      help='in which a start is left alone')
+  parser.add_argument('--span', type=float, default=8, metavar='SECS',
+                      help='after those, in which it is killed')
   parser.add_argument('flags', nargs='*', help='of cifar10_train.py')
   args = parser.parse_args()
   chance = random.Random(args.seed)

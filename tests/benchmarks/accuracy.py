@@ -181,7 +181,8 @@ def time_plain(args):
 
 def step_ms(train_dir):
   """Returns the median of how long steps took."""
-  from cifar10_input import tf
+  import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
+  import tensorflow.compat.v1 as tf
   ms = []
   for path in glob.glob(train_dir + '/events.out.tfevents.*'):
     # What a kill cut off ends with half a record.

@@ -86,7 +86,8 @@ def evaluate(train_dir, data_dir, *flags):
 
 def train(data_dir, steps, suite, dtype, seed, train_dir):
   """Trains a variant, and writes the mean loss of every few steps."""
-  from cifar10_input import tf
+  import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
+  import tensorflow.compat.v1 as tf
   build = (train_speed.build_plain if suite == 'plain'
            else train_speed.build_ours)
   losses = []

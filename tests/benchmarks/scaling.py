@@ -32,7 +32,7 @@ import tempfile
 
 import train_speed
 
-SCRIPT = os.path.join(sys.path[1], 'cifar10_train.py')
+SCRIPT = os.path.join(sys.path[1], 'cifar10_multi_gpu_train.py')
 WORKERS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
 SERVERS = [1, 2, 4, 16, 64]
 GIGABITS = [1, 10, 100]
@@ -77,11 +77,11 @@ def count_bytes():
 def share(servers):
   """Returns which part of the bytes lies on the fullest parameter server."""
   import cifar10
-  import cifar10_train
   tf = cifar10.tf
-  spec = tf.train.ClusterSpec({'ps': ['host:1'] * servers})
-  with tf.Graph().as_default(), tf.device(tf.train.replica_device_setter(
-      cluster=spec, ps_strategy=cifar10_train._by_size(servers))):
+  # Variables go round the servers in the order in which they are made.
+  with tf.Graph().as_default(), tf.device(
+      tf.train.replica_device_setter(servers)):
+    tf.train.get_or_create_global_step()
     cifar10.inference(tf.zeros([1, 24, 24, 3]))
     sizes = {}
     for variable in tf.trainable_variables():

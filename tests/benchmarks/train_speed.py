@@ -102,7 +102,8 @@ def write_records(data_dir):
 def work(suite, dtype, input_, data_dir, batch_size=128, towers=1,
          steps=TIMED_STEPS):
   """Trains a few steps of a variant, prints a dict of figures and exits."""
-  from cifar10_input import tf
+  import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
+  import tensorflow.compat.v1 as tf
   import_secs, import_mb = time.time() - START, resident_mb()
   with tf.Graph().as_default():
     batch = None if input_ else constant_batch(tf, batch_size * towers)
@@ -134,7 +135,8 @@ def work(suite, dtype, input_, data_dir, batch_size=128, towers=1,
 def work_input(data_dir, batch_size=128):
   """Measures the parts of the input alone, in ms for a batch."""
   import cifar10_input
-  from cifar10_input import CIFAR10, tf
+  import tensorflow.compat.v1 as tf
+  from cifar10_input import CIFAR10
   paths = [os.path.join(data_dir, CIFAR10.folder, name)
            for name in CIFAR10.train_files]
   _, values = tf.FixedLengthRecordReader(CIFAR10.record_bytes).read_up_to(
