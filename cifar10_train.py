@@ -298,7 +298,7 @@ def read_run(folder):
   """Returns the flags of the run in a folder, none if they are not known."""
   try:
     with tf.io.gfile.GFile(os.path.join(folder, _RUN_FILE)) as f:
-      return json.load(f)['flags']
+      return dict(json.load(f)['flags'])
   except (tf.errors.OpError, ValueError, KeyError, TypeError):
     return {}
 

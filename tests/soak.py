@@ -7,7 +7,6 @@ After each kill the next start must go on from the newest whole checkpoint, and
 in the end there is no file that the suite does not know.
 """
 import argparse
-from itertools import filterfalse
 import os
 import pathlib
 import random
@@ -34,7 +33,6 @@ def start(script, *flags):
 
 
 def newest_step(train_dir):
-  """Returns the step of the newest checkpoint that is whole, or None."""
   checkpoint = cifar10_train.latest_checkpoint(str(train_dir))
   return int(checkpoint.split('-')[-1]) if checkpoint else None
 
@@ -53,7 +51,8 @@ def train(args, train_dir, kills, chance):
     output = process.communicate()[0]
     continued = re.search(r'Continuing from .*-(\d+)\.\n', output)
     steps = [int(step) for step in re.findall(r': step (\d+),', output)]
-    remains = set(filterfalse(KNOWN.fullmatch, os.listdir(train_dir)))
+    remains = [name for name in os.listdir(train_dir)
+               if not KNOWN.fullmatch(name)]
     print('start %d: newest %s, continued %s, steps %s to %s, %d remains' % (
         i, before, continued and continued[1], steps[:1], steps[-1:],
         len(remains)), flush=True)

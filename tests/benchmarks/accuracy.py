@@ -52,7 +52,7 @@ def main():
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   path = os.path.join(
       RESULTS, 'ablation.json' if args.ablation else 'accuracy.json')
-  settings = settings_of(args.flags)
+  settings = args.settings = settings_of(args.flags)
   row = read(path).get(args.name, {'settings': settings, 'runs': {}})
   if row['settings'] != settings:
     sys.exit('%s in %s was measured with %s, not %s: give this a --name of its '
@@ -72,8 +72,7 @@ def settings_of(flags):
   """Returns what flags, and the recipe that they name, change."""
   import cifar10
   import cifar10_train
-  if 'recipe' not in cifar10.FLAGS:
-    cifar10_train.define_flags()
+  cifar10_train.define_flags()
   cifar10.FLAGS([cifar10_train.__file__, *flags])
   for name, value in cifar10.RECIPES[cifar10.FLAGS.recipe].items():
     cifar10.FLAGS.set_default(name, value)
@@ -154,7 +153,7 @@ def points(train_dir):
 def train(args, train_dir, seed):
   """Trains to the end, or until we end."""
   earlier = read(os.path.join(train_dir, 'run.json')).get('flags', {})
-  for name, value in settings_of(args.flags).items():
+  for name, value in args.settings.items():
     if earlier.get(name, value) != value:
       sys.exit('%s is left of a run with --%s=%s, not %s: remove it.' % (
           train_dir, name, earlier[name], value))

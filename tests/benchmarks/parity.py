@@ -55,7 +55,7 @@ def main():
     precisions = precisions_of(results, suite, dtype)
     print('%-24s mean %.4f +- %.4f' % (
         '%s %s' % (suite, dtype), statistics.mean(precisions),
-        statistics.stdev(precisions)))
+        statistics.stdev(precisions) if precisions[1:] else 0))
   draw(results, os.path.join(train_speed.HERE, 'results', 'parity.png'))
 
 
