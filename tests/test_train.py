@@ -1,7 +1,4 @@
-"""cifar10_train.py: what a run prints and leaves, how it goes on, its flags.
-
-What ends a run from outside is in test_faults.py.
-"""
+"""cifar10_train.py: what a run prints and leaves, how it goes on, its flags."""
 import json
 import os
 import re
@@ -40,21 +37,19 @@ def test_run_prints_the_lines_that_people_parse_and_no_others(trained):
 def test_run_leaves_a_checkpoint_that_the_original_can_load(trained):
   checkpoint = tf.train.latest_checkpoint(str(trained.train_dir))
   assert os.path.basename(checkpoint) == 'model.ckpt-11'
-  reader = tf.train.load_checkpoint(checkpoint)
-  shapes = reader.get_variable_to_shape_map()
-  assert {name for name in shapes if not name.endswith('/avg')} == {
+  names = {name for name, _ in tf.train.list_variables(checkpoint)}
+  assert {name for name in names if not name.endswith('/avg')} == {
       'global_step', *(layer + '/' + kind + average for layer in LAYERS
                        for kind in ('weights', 'biases')
                        for average in ('', '/ExponentialMovingAverage'))}
-  assert reader.get_variable_to_dtype_map()['global_step'] == tf.int64
-  assert reader.get_tensor('global_step') == 11
-  assert shapes['local3/weights'] == [2304, 384]
+  step = tf.train.load_variable(checkpoint, 'global_step')
+  assert step == 11 and step.dtype == np.int64
 
 
 def test_event_file_holds_summaries_speed_and_graph(trained):
   found = events(trained.train_dir)
-  at_five = [tag for step, tag, _ in found if step == 6]
-  assert len(set(at_five)) == len(at_five)
+  tags = [tag for step, tag, _ in found if step == 6]
+  assert len(set(tags)) == len(tags)
   fullness = {tag for _, tag, _ in found if re.search('full', tag)}
   assert any('shuffle' in tag for tag in fullness)
   assert {tag for _, tag, _ in found} - fullness == {
@@ -66,13 +61,10 @@ def test_event_file_holds_summaries_speed_and_graph(trained):
       *(loss + kind for loss in (
           'cross_entropy', 'local3/weight_loss', 'local4/weight_loss',
           'total_loss') for kind in ('', ' (raw)'))}
-  losses = {step: value.simple_value for step, tag, value in found
-            if tag == 'total_loss (raw)'}
-  assert set(losses) == {1, 6, 11}
-  assert losses[1] == pytest.approx(4.68, abs=0.1)
+  assert {step for step, *_ in found} == {1, 6, 11}
   path, = trained.train_dir.glob('events.out.*')
-  graph, = (event.graph_def for event in tf.train.summary_iterator(str(path))
-            if event.HasField('graph_def'))
+  graph = next(event.graph_def for event in tf.train.summary_iterator(str(path))
+               if event.HasField('graph_def'))
   assert {node.name.split('/')[0] for node in tf.GraphDef.FromString(
       graph).node} >= {'input', 'train', *LAYERS}
 
@@ -129,8 +121,7 @@ def test_seed_repeats_the_initial_weights(train, tmp_path):
                  '--max_steps=1').code == 0
     weights.append(tf.train.load_variable(
         str(tmp_path / name / 'model.ckpt-0'), 'conv1/weights'))
-  assert (weights[0] == weights[1]).all()
-  assert (weights[0] != weights[2]).any()
+  assert (weights[0] == weights[1]).all() and (weights[0] != weights[2]).any()
 
 
 def test_deterministic_runs_end_with_the_same_bytes(
@@ -140,20 +131,18 @@ def test_deterministic_runs_end_with_the_same_bytes(
       '--train_dir=%s' % (tmp_path / name), '--max_steps=6', '--batch_size=16',
       '--seed=5', '--deterministic', '--recipe=fast') for name in 'ab']
   assert [finish(run).code for run in runs] == [0, 0]
-  one, two = ((tmp_path / name / 'model.ckpt-6.data-00000-of-00001').read_bytes()
+  one, two = (contents(tmp_path / name)['model.ckpt-6.data-00000-of-00001']
               for name in 'ab')
   assert one == two
 
 
-@pytest.mark.parametrize('fraction, size', [(0.1, 25), (1.0, 250)])
-def test_queue_holds_the_fraction_that_was_asked_for(
-    tiny_flags, fraction, size):
+def test_queue_holds_the_fraction_that_was_asked_for(tiny_flags):
   parse_flags(cifar10_train, *tiny_flags,
-              '--min_fraction_of_examples_in_queue=%s' % fraction)
+              '--min_fraction_of_examples_in_queue=0.1')
   cifar10_train.distorted_inputs(TINY, 8)
   queue, = (op for op in tf.get_default_graph().get_operations()
             if op.type == 'RandomShuffleQueueV2')
-  assert queue.get_attr('min_after_dequeue') == size
+  assert queue.get_attr('min_after_dequeue') == 25
 
 
 # What a run is, which decides how it may go on.
@@ -167,7 +156,6 @@ def test_recipe_and_run_file_say_what_the_command_line_does_not(
   written = json.loads((tmp_path / 'run' / 'run.json').read_text())
   assert {name: written['flags'][name] for name in recipe} == {
       **recipe, 'max_steps': 2, 'learning_rate': 0.01, 'batch_size': 8}
-  assert written['flags']['dataset'] == 'synthetic'
   assert written['versions']['tensorflow'] == tf.version.VERSION
   variables = dict(tf.train.list_variables(
       str(tmp_path / 'run' / 'model.ckpt-2')))
@@ -185,8 +173,7 @@ def test_run_of_other_flags_is_refused_before_data_are_fetched(
   before = contents(run_dir)
   run = train('--data_dir=%s' % (tmp_path / 'data'), *flags.split())
   assert is_one_line(run, '%s was trained with %s' % (run_dir, complaint))
-  assert contents(run_dir) == before
-  assert not (tmp_path / 'data').exists()
+  assert contents(run_dir) == before and not (tmp_path / 'data').exists()
 
 
 def test_rate_that_falls_to_zero_is_not_raised_by_another_number_of_steps(
@@ -196,7 +183,6 @@ def test_rate_that_falls_to_zero_is_not_raised_by_another_number_of_steps(
                       (3, 'trained with --max_steps=1, not 3')):
     run = train('--max_steps=%d' % steps, '--learning_rate_schedule=linear')
     assert said in run.stdout + run.stderr
-  assert newest_step(tmp_path / 'run') == 1
   assert train('--max_steps=3', '--learning_rate_schedule=staircase').code == 0
   assert newest_step(tmp_path / 'run') == 3
 
@@ -217,9 +203,8 @@ def test_run_with_more_steps_goes_on_from_what_was_saved(train, run_dir):
     np.testing.assert_array_equal(old, new)
   after = contents(run_dir)
   assert set(before) < set(after)
-  for name in before:
-    if name == 'notes.txt' or name.startswith(('events.', 'model.ckpt-0.')):
-      assert after[name] == before[name]
+  assert all(after[name] == before[name] for name in before
+             if name.startswith(('notes', 'events', 'model.ckpt-0.')))
 
 
 @pytest.mark.parametrize('max_steps', [11, 5])
@@ -227,9 +212,8 @@ def test_run_that_has_its_steps_says_so_and_changes_nothing(
     train, run_dir, max_steps):
   before = contents(run_dir)
   run = train('--max_steps=%d' % max_steps)
-  assert (run.code, run.stderr) == (0, '')
+  assert (run.code, run.stderr, printed_steps(run.stdout)) == (0, '', [])
   assert 'trained for 11 steps already' in run.stdout
-  assert printed_steps(run.stdout) == []
   assert contents(run_dir) == before
 
 
@@ -238,13 +222,10 @@ def test_overwrite_starts_anew_and_removes_only_what_the_suite_wrote(
   foreign = ('notes.txt', 'checkpoint.bak', 'my_model.ckpt-3.index',
              'model.ckpt-best.index', 'sub/model.ckpt-11.index')
   (run_dir / 'sub').mkdir()
-  for name in foreign:
+  for name in foreign + ('events.out.tfevents.1.elsewhere',):
     (run_dir / name).write_text(name)
-  (run_dir / 'events.out.tfevents.1.elsewhere').write_text('old')
   run = train('--overwrite', '--max_steps=2')
-  assert run.code == 0
-  assert 'Continuing' not in run.stdout
-  assert printed_steps(run.stdout) == [0, 1]
+  assert (run.code, printed_steps(run.stdout)) == (0, [0, 1])
   found = contents(run_dir)
   assert all(found[name] == name.encode() for name in foreign)
   assert not any(name.startswith('model.ckpt-11.') for name in found)
@@ -259,15 +240,8 @@ def test_train_dir_may_be_relative_of_the_home_folder_and_moved(
     if folder == 'moved':
       (tmp_path / 'run').rename(tmp_path / 'moved')
     run = train('--train_dir=' + folder, '--max_steps=%d' % (step + 1))
-    assert (run.code, run.stderr) == (0, '')
-    assert printed_steps(run.stdout) == [step]
+    assert (run.code, run.stderr, printed_steps(run.stdout)) == (0, '', [step])
   assert os.listdir(tmp_path) == ['moved']
-
-
-def test_as_many_checkpoints_are_kept_as_asked_for(train, tmp_path):
-  for max_steps in (1, 2, 3):
-    assert train('--max_steps=%d' % max_steps, '--max_to_keep=2').code == 0
-  assert list(cifar10_train.checkpoints(str(tmp_path / 'run'))) == [2, 3]
 
 
 @pytest.mark.parametrize('named', [
@@ -282,27 +256,22 @@ def test_checkpoints_of_another_run_are_left_alone(
   (run_dir / 'checkpoint').write_bytes(state)
   before = contents(other)
   run = train('--max_steps=2', '--max_to_keep=1')
-  assert (run.code, run.stderr) == (0, '')
-  assert printed_steps(run.stdout) == [0, 1]
+  assert (run.code, run.stderr, printed_steps(run.stdout)) == (0, '', [0, 1])
   assert list(cifar10_train.checkpoints(str(run_dir))) == [2]
   assert contents(other) == before
 
 
-@pytest.mark.parametrize('name, value, complaint', [
-    ('conv1/weights', np.zeros([3, 3, 3, 32], np.float32),
+@pytest.mark.parametrize('weights, complaint', [
+    (np.zeros([3, 3, 3, 32], np.float32),
      'conv1/weights is [3, 3, 3, 32] there and [5, 5, 3, 64] here'),
-    ('global_step', 3.0, 'global_step is float32 there and int64 here'),
-    ('conv1/weighs', 1.0, 'conv1/weights is missing there')])
+    (np.zeros([5, 5, 3, 64]), 'is float64 there and float32 here')])
 def test_checkpoint_of_another_network_is_refused_in_one_line(
-    train, tmp_path, name, value, complaint):
+    train, tmp_path, weights, complaint):
+  (tmp_path / 'run').mkdir()
   with tf.Graph().as_default(), tf.Session() as session:
-    if name == 'global_step':
-      cifar10.inference(tf.zeros([1, 24, 24, 3]))
-    else:
-      tf.train.get_or_create_global_step()
-    tf.get_variable(name, initializer=value)
+    tf.train.get_or_create_global_step()
+    tf.get_variable('conv1/weights', initializer=weights)
     session.run(tf.global_variables_initializer())
-    (tmp_path / 'run').mkdir()
     tf.train.Saver().save(session, str(tmp_path / 'run' / 'model.ckpt'), 3)
   before = contents(tmp_path / 'run')
   assert is_one_line(train('--max_steps=9'), complaint)
@@ -319,8 +288,8 @@ def test_folders_behind_a_url_do_what_local_ones_do(
   flags = '--checkpoint_dir=%s/run' % url, '--eval_dir=%s/eval' % url
   for step in range(2):
     run = train('--train_dir=%s/run' % url, '--max_steps=%d' % (step + 1))
-    assert (run.code, run.stderr) == (0, '')
-    assert printed_steps(run.stdout) == [step]
+    assert (run.code, run.stderr, printed_steps(run.stdout)) == (0, '', [step])
+  assert cifar10_train.read_run(url + '/run')['max_steps'] == 2
   run = evaluate(*flags)
   assert (run.code, run.stderr) == (0, '')
   assert '70 correct at step 2\n' in run.stdout
@@ -354,31 +323,23 @@ def test_bucket_out_of_reach_is_explained_in_one_line(train, monkeypatch):
 # Clusters are what the other trainer is for.
 
 
-@pytest.mark.parametrize('config, complaint', [
-    ({'cluster': {'chief': ['a:1'], 'ps': ['b:1']},
-      'task': {'type': 'chief', 'index': 0}}, 'cifar10_multi_gpu_train.py'),
-    ({'cluster': {'worker': ['a:1', 'b:1']},
-      'task': {'type': 'worker', 'index': 0}}, 'cifar10_multi_gpu_train.py'),
-    ({'cluster': {'chief': ['a:1']}, 'task': {'type': 'evaluator'}},
-     'cifar10_eval.py'),
-    ({'cluster': 7}, 'TF_CONFIG'), ([], 'TF_CONFIG'), ('{', 'TF_CONFIG')])
-def test_task_of_a_cluster_is_told_which_script_is_for_it(
-    train, monkeypatch, config, complaint):
+@pytest.mark.parametrize('jobs, task, complaint', [
+    (['chief', 'ps'], 'chief', 'cifar10_multi_gpu_train.py'),
+    (['worker', 'ps'], 'ps', 'cifar10_multi_gpu_train.py'),
+    (['chief', 'evaluator'], 'evaluator', 'cifar10_eval.py'),
+    ([], 'garbled', 'TF_CONFIG cannot be read'),
+    (['chief'], 'chief', None), (['worker', 'evaluator'], 'worker', None)])
+def test_only_a_cluster_of_one_task_that_computes_trains(
+    train, monkeypatch, jobs, task, complaint):
   monkeypatch.setattr(os, '_exit', sys.exit)
-  monkeypatch.setenv(
-      'TF_CONFIG', config if config == '{' else json.dumps(config))
-  assert is_one_line(train(), complaint)
-
-
-@pytest.mark.parametrize('cluster', [
-    {'chief': ['a:1']}, {'worker': ['a:1'], 'evaluator': ['b:1']}])
-def test_cluster_of_one_task_that_computes_is_one_machine(
-    train, monkeypatch, cluster):
-  monkeypatch.setattr(os, '_exit', sys.exit)
-  monkeypatch.setenv('TF_CONFIG', json.dumps(
-      {'cluster': cluster, 'task': {'type': list(cluster)[0], 'index': 0}}))
+  config = {'cluster': {job: ['host:1'] for job in jobs},
+            'task': {'type': task, 'index': 0}}
+  monkeypatch.setenv('TF_CONFIG', json.dumps(config)[task == 'garbled':])
   run = train('--max_steps=1')
-  assert (run.code, printed_steps(run.stdout)) == (0, [0])
+  if complaint:
+    assert is_one_line(run, complaint)
+  else:
+    assert (run.code, printed_steps(run.stdout)) == (0, [0])
 
 
 # Flags, of all scripts.
@@ -434,25 +395,22 @@ def _listed_flags(help):
 def test_help_of_a_process_lists_the_flags_of_all_modules(start_script):
   run = finish(start_script('cifar10_multi_gpu_train', '--help'))
   assert (run.code, run.stderr) == (0, '')
-  assert run.stdout.startswith('Train the CIFAR-10 network on several GPUs')
   assert _listed_flags(run.stdout) == {
       *DEFAULTS[cifar10_multi_gpu_train], 'help'}
 
 
-@pytest.mark.parametrize('name', [
-    'batch_size', 'max_steps', 'log_frequency', 'save_checkpoint_secs',
-    'save_summary_steps', 'num_gpus', 'num_examples'])
-def test_number_has_to_be_whole_and_positive(call_script, name):
-  script = cifar10_multi_gpu_train if name in DEFAULTS[
-      cifar10_multi_gpu_train] else cifar10_eval
+@pytest.mark.parametrize('script, name', [
+    *((cifar10_multi_gpu_train, name) for name in (
+        'batch_size', 'max_steps', 'log_frequency', 'save_checkpoint_secs',
+        'save_summary_steps', 'num_gpus')), (cifar10_eval, 'num_examples')])
+def test_number_has_to_be_whole_and_positive(call_script, script, name):
   for value in ('0', '-1', 'x', '1.5', ''):
     assert _is_refused(
         call_script(script, '--%s=%s' % (name, value)), name, value)
 
 
 @pytest.mark.parametrize('flags, parts', [
-    ('--seed=x', ['seed', 'x']), ('--seed=-1', ['seed']),
-    ('--seed=1' + 30 * '0', ['seed']), ('--max_to_keep=-1', ['max_to_keep']),
+    ('--seed=x', ['seed', 'x']), ('--seed=1' + 30 * '0', ['seed']),
     ('--use_fp16=maybe', ['use_fp16', 'maybe']),
     ('--dataset=mnist', ['dataset', 'cifar10, cifar100, cifar100_coarse']),
     ('--data_url=ftp://x', ['data_url', 'https://']),
@@ -468,7 +426,5 @@ def test_flags_that_make_no_sense_are_explained_in_one_line(
   assert _is_refused(call_script(cifar10_train, *flags.split()), *parts)
 
 
-@pytest.mark.parametrize('flag', [
-    '--batch_size=251', '--data_dir=gs://bucket/data'])
-def test_flag_that_the_data_contradict_is_explained_in_one_line(train, flag):
-  assert is_one_line(train(flag), flag.split('=')[0])
+def test_batch_larger_than_the_data_set_is_explained_in_one_line(train):
+  assert is_one_line(train('--batch_size=251'), '--batch_size')

@@ -1,0 +1,345 @@
+"""cifar10_multi_gpu_train: towers and machines learn as one, and end in time.
+
+Arithmetic is compared in this process. The tasks of a cluster are processes of
+their own on this machine, and what is killed is killed for real.
+"""
+import json
+import re
+import signal
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from conftest import (
+    TINY, events, forgotten_flags, newest_step, parse_flags, printed_steps,
+    run_queues, tf)
+
+import cifar10
+import cifar10_multi_gpu_train
+import cifar10_train
+from cifar10_input import CIFAR10, UserError
+
+LAYERS = ('conv1', 'conv2', 'local3', 'local4', 'softmax_linear')
+
+
+def _variables():
+  """Returns the variables of the network and their averages, by name."""
+  return {v.op.name: v for v in tf.global_variables(
+      '|'.join(LAYERS)) if not v.op.name.endswith('avg')}
+
+
+def _build(script, dataset, *flags, **options):
+  """Builds the step of a trainer. Returns it and its loss."""
+  parse_flags(script, *flags)
+  recipe = cifar10_train.training_recipe(dataset, 128)
+  return script.build_step(
+      dataset, recipe, tf.train.get_or_create_global_step(), **options)
+
+
+def _assert_learned(before, after):
+  """Asserts that variables are what one device makes of them."""
+  with tf.Graph().as_default(), forgotten_flags(), tf.Session() as session:
+    train_op, _ = _build(cifar10_train, CIFAR10)
+    session.run(tf.global_variables_initializer())
+    variables = _variables()
+    for name, variable in variables.items():
+      variable.load(before[name], session)
+    session.run(train_op)
+    expected = session.run(variables)
+  assert len(before) == len(after) == len(expected) == 20
+  for name, value in expected.items():
+    update = abs(value - before[name]).max()
+    assert update > 1e-5
+    np.testing.assert_allclose(
+        after[name], value, rtol=0, atol=min(1e-5, 0.01 * update))
+
+
+@pytest.fixture
+def constant_input(monkeypatch):
+  """Makes 128 images the input, or a half of them in a thread of that name."""
+  random = np.random.default_rng(0)
+  images = random.standard_normal((128, 24, 24, 3)).astype(np.float32)
+  labels = random.integers(0, 10, 128, np.int32)
+  parts = {'first': slice(64), 'second': slice(64, None)}
+
+  def distorted_inputs(dataset, batch_size):
+    part = parts.get(threading.current_thread().name, slice(None))
+    return tf.constant(images[part]), tf.constant(labels[part])
+
+  monkeypatch.setattr(cifar10_train, 'distorted_inputs', distorted_inputs)
+
+
+# Towers.
+
+
+def test_two_towers_of_64_learn_as_one_batch_of_128(constant_input):
+  with forgotten_flags():
+    train_op, _ = _build(cifar10_multi_gpu_train, CIFAR10, '--batch_size=64',
+                         '--num_gpus=2')
+  variables = _variables()
+  assert {v.device for v in tf.trainable_variables()} == {'/device:CPU:0'}
+  with tf.Session() as session:
+    session.run(tf.global_variables_initializer())
+    before = session.run(variables)
+    session.run(train_op)
+    after = session.run(variables)
+  _assert_learned(before, after)
+
+
+def test_towers_have_images_of_their_own_and_one_mean_loss(tiny_flags):
+  _, loss = _build(
+      cifar10_multi_gpu_train, TINY, *tiny_flags, '--num_gpus=3')
+  graph = tf.get_default_graph()
+  names = {op.name for op in graph.get_operations()}
+  assert not any(name.startswith('tower_3') for name in names)
+  images = [graph.get_operation_by_name('tower_%d/conv1/Conv2D' % i).inputs[0]
+            for i in range(3)]
+  with run_queues() as session:
+    loss, images, *losses = session.run(
+        [loss, images] + ['tower_%d/total_loss:0' % i for i in range(3)])
+  assert loss == pytest.approx(np.mean(losses), rel=1e-6)
+  assert {len(each) for each in images} == {8}
+  assert len({each.tobytes() for each in images}) == len(set(losses)) == 3
+
+
+@pytest.fixture
+def train_on_towers(call_script, tiny_flags, tmp_path):
+  """Function that trains on two towers in tmp_path / 'run'."""
+  return lambda *flags: call_script(
+      cifar10_multi_gpu_train, *tiny_flags, '--log_frequency=1',
+      '--train_dir=%s' % (tmp_path / 'run'), '--num_gpus=2', *flags)
+
+
+def test_run_on_towers_goes_on_on_one_device_and_back(
+    train, train_on_towers, caplog, tmp_path):
+  run = train_on_towers('--max_steps=1', '--model=local', '--use_fp16')
+  assert (run.code, printed_steps(run.stdout)) == (0, [0])
+  for i in range(2):
+    assert re.search(r'^tower_%d is on /[cg]pu:\d' % i, run.stdout, re.M)
+  gpus = len(tf.config.list_physical_devices('GPU'))
+  assert ('There are %d GPUs for --num_gpus=2' % gpus in run.stdout) == (
+      gpus < 2)
+  assert caplog.text.count('--use_fp16 is for GPUs') == (gpus == 0)
+  for trainer, steps in (train, 2), (train_on_towers, 3):
+    run = trainer('--max_steps=%d' % steps, '--model=local')
+    assert (run.code, printed_steps(run.stdout)) == (0, [steps - 1])
+  assert newest_step(tmp_path / 'run') == 3
+
+
+def _top_level_names(train_dir):
+  path, = train_dir.glob('events.out.*')
+  graph = next(event.graph_def for event in tf.train.summary_iterator(str(path))
+               if event.HasField('graph_def'))
+  return {node.name.split('/')[0]
+          for node in tf.GraphDef.FromString(graph).node}
+
+
+def test_tensorboard_shows_of_towers_what_it_shows_of_one_device(
+    train_on_towers, trained, monkeypatch, tmp_path):
+  # Epochs count the images of all towers: 250 / 16 * 0.2 steps.
+  monkeypatch.setattr(cifar10, 'NUM_EPOCHS_PER_DECAY', 0.2)
+  train_on_towers('--max_steps=5', '--save_summary_steps=1')
+  found = events(tmp_path / 'run')
+  rates = [value.simple_value for _, tag, value in found
+           if tag == 'learning_rate']
+  assert rates == pytest.approx([0.1, 0.1, 0.1, 0.01, 0.01])
+  assert {tag for _, tag, _ in found} - {'global_step/sec'} == {
+      tag for _, tag, _ in events(trained.train_dir)} - {'global_step/sec'}
+  on_one, on_towers = map(
+      _top_level_names, (trained.train_dir, tmp_path / 'run'))
+  assert len(on_one) <= 40 and len(on_towers) <= 40
+  assert {'input', 'train', 'tower_0', 'tower_1'} <= on_towers
+
+
+# What TF_CONFIG says of a cluster.
+
+
+JOBS = {'chief': ['a:1'], 'worker': ['b:2', 'c:3'], 'ps': ['d:4']}
+
+
+def _config(jobs=None, job='chief', index=0, **changes):
+  return json.dumps({'cluster': {**(jobs or JOBS), **changes},
+                     'task': {'type': job, 'index': index}})
+
+
+@pytest.mark.parametrize('jobs, job, index', [
+    (JOBS, 'chief', 0), (JOBS, 'worker', 1), (JOBS, 'ps', 0),
+    ({'master': ['a:1'], 'ps': ['b:2']}, 'master', 0)])
+def test_task_is_taken_from_the_environment(monkeypatch, jobs, job, index):
+  monkeypatch.setenv('TF_CONFIG', _config(jobs, job, index, evaluator=['e:5']))
+  assert cifar10_train.is_in_cluster()
+  assert cifar10_multi_gpu_train.read_cluster() == (jobs, job, index)
+
+
+@pytest.mark.parametrize('config, complaint', [
+    ('{"cluster": {"ps": ["d:4"], "chief": 7}}', 'cannot be read: .*chief'),
+    (_config(ps='d:4'), "cannot be read: .*'ps' must be a list"),
+    (_config(index='x'), "cannot be read: .*'x'"),
+    (_config(boss=['e:5']), 'none of chief, .*, evaluator: boss'),
+    (_config(ps=['d']), 'an address that is not HOST:PORT: d'),
+    (_config(ps=['d:99999']), 'an address that is not HOST:PORT: d:99999'),
+    (_config(master=['e:5']), '2 tasks chief or master, not one'),
+    (_config(chief=[]), '0 tasks chief or master, not one'),
+    (_config(ps=[]), 'has no ps in its cluster'),
+    (_config(job='boss'), 'task type boss, .*: chief, worker, ps'),
+    (json.dumps({'cluster': JOBS}), 'task type None'),
+    (_config(job='worker', index=2), 'index 2, but .* only 2 of worker'),
+    (_config(index=-1), 'task index -1')])
+def test_wrong_configuration_is_refused_in_one_line(
+    monkeypatch, config, complaint):
+  monkeypatch.setenv('TF_CONFIG', config)
+  with pytest.raises(UserError, match='TF_CONFIG .*' + complaint) as info:
+    cifar10_multi_gpu_train.train()
+  assert '\n' not in str(info.value)
+
+
+# What a cluster does.
+
+
+def _jobs():
+  """Returns a chief, a worker and a ps at free addresses of this machine."""
+  sockets = {name: socket.socket() for name in ('chief', 'worker', 'ps')}
+  for each in sockets.values():
+    each.bind(('127.0.0.1', 0))
+  jobs = {name: ['127.0.0.1:%d' % each.getsockname()[1]]
+          for name, each in sockets.items()}
+  for each in sockets.values():
+    each.close()
+  return jobs
+
+
+def test_port_that_is_taken_is_named():
+  parse_flags(cifar10_multi_gpu_train)
+  with socket.socket() as taken:
+    taken.bind(('127.0.0.1', 0))
+    taken.listen()
+    address = '127.0.0.1:%d' % taken.getsockname()[1]
+    with pytest.raises(UserError, match='chief 0 at %s cannot' % address):
+      cifar10_multi_gpu_train.Cluster(
+          {'chief': [address], 'ps': ['b:2']}, 'chief', 0)
+
+
+def _do_a_step(task, values):
+  """Does one step of a cluster's task, and notes the variables around it."""
+  with tf.Graph().as_default(), tf.device(task.device):
+    train_op, _ = cifar10_multi_gpu_train.build_step(
+        CIFAR10, cifar10_train.training_recipe(CIFAR10, 128),
+        tf.train.get_or_create_global_step(), task.apply_gradients)
+    creator = (tf.train.ChiefSessionCreator if task.is_chief
+               else tf.train.WorkerSessionCreator)
+    with tf.train.MonitoredSession(
+        creator(master=task.target, config=task.config),
+        task.hooks) as session:
+      values.append(session.run(_variables()))
+      session.run(train_op)
+      values.append(session.run(_variables()))
+
+
+def test_two_machines_with_64_images_learn_as_one_with_128(constant_input):
+  jobs, values = _jobs(), ([], [])
+  with forgotten_flags():
+    parse_flags(cifar10_multi_gpu_train, '--batch_size=64')
+    server, *tasks = (cifar10_multi_gpu_train.Cluster(jobs, job, 0)
+                      for job in ('ps', 'chief', 'worker'))
+    threads = [threading.Thread(name=name, target=_do_a_step, args=arguments)
+               for name, *arguments in zip(('first', 'second'), tasks, values)]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join(60)
+  assert server.target
+  for task in tasks:  # TensorFlow would complain that nobody needs it.
+    task.hooks[0].optimizer.ready_for_local_init_op.mark_used()
+  _assert_learned(*values[0])
+
+
+def test_task_that_never_comes_is_named(monkeypatch, capsys):
+  parse_flags(cifar10_multi_gpu_train)
+  monkeypatch.setattr(cifar10_multi_gpu_train, '_TIMEOUT_SECS', 9)
+  jobs = _jobs()
+  _server, chief = (cifar10_multi_gpu_train.Cluster(jobs, job, 0)
+                    for job in ('ps', 'chief'))
+  name = 'worker 0 at ' + jobs['worker'][0]
+  now = time.time()
+  for secs in (4, 8, 12):  # The worker is needed when no step is done.
+    monkeypatch.setattr(time, 'time', lambda: now + secs)
+    chief._look_around()
+    chief.check()
+  assert capsys.readouterr().out == 'Waiting for %s.\n' % name
+  monkeypatch.setattr(time, 'time', lambda: now + 14)
+  chief._look_around()
+  with pytest.raises(UserError, match='%s did not come in 9 sec' % name):
+    chief.check()
+
+
+class Tasks:
+  """The processes of a cluster, which train on a generated data set."""
+
+  def __init__(self, start_script, train_dir, *flags):
+    self.train_dir, self.processes = train_dir, {}
+    self._start_script, self._jobs, self._flags = start_script, _jobs(), flags
+
+  def start(self, *jobs):
+    for job in jobs:
+      self.processes[job] = self._start_script(
+          'cifar10_multi_gpu_train', '--train_dir=%s' % self.train_dir,
+          '--dataset=synthetic', '--batch_size=8', '--log_frequency=1',
+          '--save_checkpoint_secs=1', *self._flags,
+          TF_CONFIG=_config(self._jobs, job))
+
+  def end(self, job, signum):
+    """Ends a task by a signal. Returns its code."""
+    self.processes[job].send_signal(signum)
+    return self.processes[job].wait(30)
+
+  def reach(self, step, job='chief'):
+    for _ in range(600):
+      path = self.processes[job].stdout_path
+      steps = printed_steps(path.read_text())
+      if max(steps, default=-1) >= step:
+        return
+      time.sleep(0.1)
+    pytest.fail('%s did %s' % (job, steps))
+
+  def codes(self):
+    """Returns the exit codes of all tasks, which have a minute to end."""
+    deadline = time.time() + 60
+    return {job: process.wait(max(0.1, deadline - time.time()))
+            for job, process in self.processes.items()}
+
+
+def test_cluster_outlives_worker_and_chief_and_ends_together(
+    start_script, synthetic_dir, tmp_path):
+  cluster = Tasks(start_script, tmp_path, '--data_dir=%s' % synthetic_dir,
+                  '--max_steps=50')
+  cluster.start('ps', 'chief', 'worker')
+  cluster.reach(5, 'worker')
+  cluster.end('worker', signal.SIGKILL)
+  cluster.start('worker')
+  cluster.reach(10, 'worker')
+  assert cluster.end('chief', signal.SIGTERM) == 143
+  assert 10 < newest_step(tmp_path) < 50
+  cluster.start('chief')
+  assert set(cluster.codes().values()) == {0}
+  assert newest_step(tmp_path) == 50
+
+
+def test_asynchronous_chief_waits_for_no_worker_but_needs_its_server(
+    start_script, synthetic_dir, tmp_path):
+  cluster = Tasks(
+      start_script, tmp_path, '--data_dir=%s' % synthetic_dir,
+      '--max_steps=100', '--nosync_replicas', '--use_bfloat16')
+  cluster.start('ps', 'chief')
+  cluster.reach(5)
+  cluster.end('ps', signal.SIGKILL)
+  assert cluster.codes()['chief'] == 1
+  # TensorFlow may complain, too, before.
+  *_, line = cluster.processes['chief'].stderr_path.read_text().splitlines()
+  assert re.fullmatch(
+      r'cifar10_multi_gpu_train\.py: ps 0 at \S+ is gone, .*', line)
+  cluster.start('ps', 'chief')
+  assert set(cluster.codes().values()) == {0}
+  assert newest_step(tmp_path) == 100
