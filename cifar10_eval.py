@@ -12,6 +12,7 @@ CUDA_VISIBLE_DEVICES= puts the evaluation on the CPU.
 import csv
 from datetime import datetime
 import heapq
+import io
 import math
 import operator
 import os
@@ -236,12 +237,13 @@ class Outcome:
   def write_csv(self, path, files, classes):
     """Writes a line for each example: FILE:RECORD, classes, probabilities."""
     keys = ('%s:%d' % (name, i) for name, n in files.items() for i in range(n))
-    with tf.io.gfile.GFile(path, 'w') as f:
-      writer = csv.writer(f)
-      writer.writerow(['key', 'label', 'prediction', *classes])
-      for key, (label, prediction, probabilities) in zip(keys, self._answers):
-        writer.writerow([key, classes[label], classes[prediction],
-                         *('%.6f' % p for p in probabilities)])
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(['key', 'label', 'prediction', *classes])
+    for key, (label, prediction, probabilities) in zip(keys, self._answers):
+      writer.writerow([key, classes[label], classes[prediction],
+                       *('%.6f' % p for p in probabilities)])
+    cifar10_train.write_file(path, text.getvalue())
 
   def add_pictures(self, summary, classes):
     """Adds the confusion matrix and the surest mistakes to a summary."""

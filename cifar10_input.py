@@ -178,16 +178,17 @@ def locked(folder, flag, wait=False):
   """Lets one process at a time into a folder, which is made if need be.
 
   The system takes the lock back when the process ends, however it ends; to
-  remove the file `.lock` could let two processes in. Folders behind a URL and
-  systems without `flock` do without. A UserError names the flag if the folder
-  cannot be written to, or another process has the lock and `wait` is false.
+  remove its file could let two processes in. Folders behind a URL and systems
+  without `flock` do without. A UserError names the flag if the folder cannot be
+  written to, or another process has the lock and `wait` is false.
   """
+  path = os.path.join(folder, f'.{flag}.lock')
   flag = f'--{flag}={folder}'
   try:
     tf.io.gfile.makedirs(folder)
     lock = contextlib.nullcontext()
     if fcntl and '://' not in folder:
-      lock = open(os.path.join(folder, '.lock'), 'a+')
+      lock = open(path, 'a+')
   except (OSError, tf.errors.OpError) as error:
     raise UserError(f'{flag} cannot be written to: '
                     f'{what_went_wrong(error)}') from error
@@ -248,8 +249,11 @@ def _get(dataset, folder, url, sha256):
 def _download(name, url, sha256, partial):
   """Downloads a file to a folder, and puts it beside that when it is right."""
   archive = os.path.join(os.path.dirname(partial), name)
+  advice = ('Name a mirror with --data_url, put the archive in place as '
+            f'{archive}, or take --dataset=synthetic, which needs none.')
   if os.path.isfile(archive):  # Perhaps put there by hand: it is checked, too.
     url = pathlib.Path(archive).absolute().as_uri()
+    advice = 'Delete it, or accept it with --data_sha256.'
   elif not sys.stdout.isatty():  # Instead of a bar, which a log would keep.
     say(f'Downloading {url}')
     tf.keras.utils.disable_interactive_logging()
@@ -261,10 +265,7 @@ def _download(name, url, sha256, partial):
         cache_dir=os.path.abspath(partial))
   except Exception as error:  # get_file raises nothing more precise.
     raise UserError(
-        f'{url} cannot be used: {what_went_wrong(error)} Name a mirror with '
-        f'--data_url, put the archive in place as {archive}, accept another '
-        'with --data_sha256, or take --dataset=synthetic, which needs none.'
-        ) from error
+        f'{url} cannot be used: {what_went_wrong(error)} {advice}') from error
   finally:
     socket.setdefaulttimeout(timeout)
   os.replace(os.path.join(partial, name), archive)

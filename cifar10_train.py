@@ -221,8 +221,9 @@ def _explain(error, dataset):
   cifar10_input.check_files(
       dataset, cifar10.data_folder(dataset), dataset.train_files)
   if not tf.io.gfile.isdir(FLAGS.train_dir):
-    raise UserError(f'--train_dir={FLAGS.train_dir} was removed.') from error
-  if 'summary histogram' in str(error):  # It takes finite numbers only.
+    raise UserError(
+        f'--train_dir={FLAGS.train_dir} is no folder any more.') from error
+  if 'istogram for: ' in str(error):  # It takes finite numbers only.
     raise UserError('a gradient ' + _NOT_FINITE) from error
 
 
@@ -287,11 +288,17 @@ def write_run():
   values = {flag.name: flag.value
             for module in _modules() for flag in by_module[module]}
   values['data_dir'] = os.path.abspath(os.path.expanduser(FLAGS.data_dir))
-  with tf.io.gfile.GFile(os.path.join(FLAGS.train_dir, _RUN_FILE), 'w') as f:
-    json.dump({
-        'flags': values,
-        'versions': {'tensorflow': tf.version.VERSION, 'numpy': np.__version__,
-                     'python': sys.version.split()[0]}}, f, indent=1)
+  versions = {'tensorflow': tf.version.VERSION, 'numpy': np.__version__,
+              'python': sys.version.split()[0]}
+  write_file(os.path.join(FLAGS.train_dir, _RUN_FILE),
+             json.dumps({'flags': values, 'versions': versions}, indent=1))
+
+
+def write_file(path, text):
+  """Writes a file, which nobody ever sees half written."""
+  with tf.io.gfile.GFile(path + '.tmp', 'w') as f:
+    f.write(text)
+  tf.io.gfile.rename(path + '.tmp', path, overwrite=True)
 
 
 def read_run(folder):
@@ -329,7 +336,7 @@ def adopt_run(folder):
 _INDEX = re.compile(r'model\.ckpt-(\d+)\.index')
 _REST = re.compile(r'model\.ckpt-(\d+)\.(meta|data-\d+-of-\d+)')
 _OTHER_FILES = re.compile(
-    r'checkpoint|run\.json|graph\.pbtxt|events\.out\.tfevents\..*')
+    r'checkpoint|run\.json(\.tmp)?|graph\.pbtxt|events\.out\.tfevents\..*')
 _UNFINISHED = re.compile(
     r'(checkpoint|graph\.pbtxt|model\.ckpt-\d+\.(index|meta|data-\d+-of-\d+))'
     r'\.(tempstate\d+|tmp[0-9a-f]{32})')

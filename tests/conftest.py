@@ -183,7 +183,7 @@ def contents(folder):
   folder = pathlib.Path(folder)
   return {str(path.relative_to(folder)): path.read_bytes()
           for path in folder.rglob('*')
-          if path.name != '.lock' and (path.is_file() or path.is_symlink())}
+          if path.suffix != '.lock' and (path.is_file() or path.is_symlink())}
 
 
 # The scripts.

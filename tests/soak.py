@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 import cifar10_train
 
 KNOWN = re.compile(
-    r'\.lock|run\.json|checkpoint|graph\.pbtxt|events\.out\.tfevents\..*|'
-    r'model\.ckpt-\d+\.(index|meta|data-00000-of-00001)')
+    r'\.train_dir\.lock|run\.json|checkpoint|graph\.pbtxt|'
+    r'events\.out\.tfevents\..*|model\.ckpt-\d+\.(index|meta|data-00000-of-00001)')
 
 
 def start(script, *flags):

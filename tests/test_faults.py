@@ -192,7 +192,8 @@ def test_removed_train_dir_is_made_again_or_its_absence_told(
   assert train('--max_steps=4').code == 0 and newest_step(tmp_path / 'run') == 4
   in_step(3, lambda: _replace(tmp_path / 'run', lambda path: path.touch()))
   run = train('--max_steps=8')
-  assert is_one_line(run, '--train_dir=%s was removed' % (tmp_path / 'run'))
+  assert is_one_line(run, '--train_dir=%s is no folder any more' % (
+      tmp_path / 'run'))
 
 
 @pytest.fixture

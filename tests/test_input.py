@@ -358,7 +358,7 @@ def pictures_dir(tmp_path):
 
 def test_own_pictures_are_converted_once_trained_on_and_evaluated(
     pictures_dir, tmp_path, call_script):
-  data_dir, train_dir = tmp_path / 'data', tmp_path / 'run'
+  data_dir = train_dir = tmp_path / 'run'  # Each use has a lock of its own.
   run = call_script(
       cifar10_train, '--dataset=%s' % pictures_dir, '--data_dir=%s' % data_dir,
       '--train_dir=%s' % train_dir, '--batch_size=4', '--max_steps=2')
