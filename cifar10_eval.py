@@ -154,6 +154,8 @@ def eval_once(checkpoint, evaluation):
     Precision @ 1, from 0 to 1.
   """
   dataset, files = evaluation.dataset, evaluation.files
+  folder = cifar10.data_folder(dataset)
+  cifar10_input.check_files(dataset, folder, files)
   cifar10_train.check_checkpoint(checkpoint, evaluation.variables)
   # Read first: a trainer may remove the checkpoint before we are through.
   step = cifar10_train.read_step(checkpoint)
@@ -170,7 +172,7 @@ def eval_once(checkpoint, evaluation):
       rest = num_examples - outcome.total  # The last batch may have more.
       outcome.add(*(values[:rest] for values in batch))
   # The input begins again when files end, also where they end too soon.
-  cifar10_input.check_files(dataset, cifar10.data_folder(dataset), files)
+  cifar10_input.check_files(dataset, folder, files)
   say(f'{datetime.now()}: precision @ 1 = {outcome.precision:.3f}')
   say(f'{outcome.correct}/{outcome.total} correct at step {step}')
   outcome.print_classes(dataset.classes)

@@ -23,7 +23,8 @@ import cifar10_train
 
 KNOWN = re.compile(
     r'\.train_dir\.lock|run\.json|checkpoint|graph\.pbtxt|'
-    r'events\.out\.tfevents\..*|model\.ckpt-\d+\.(index|meta|data-00000-of-00001)')
+    r'events\.out\.tfevents\..*|'
+    r'model\.ckpt-\d+\.(index|meta|data-00000-of-00001)')
 
 
 def start(script, *flags):
