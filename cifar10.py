@@ -115,9 +115,7 @@ def distorted_inputs(dataset=None, batch_size=None, **options):
     batch_size: images a batch; by default --batch_size.
     **options: of `cifar10_input.distorted_inputs`, which says what it returns.
   """
-  dataset = dataset or cifar10_input.own_dataset(
-      NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN,
-      NUM_EXAMPLES_PER_EPOCH_FOR_EVAL)
+  dataset = dataset or _described_dataset()
   images, labels = cifar10_input.distorted_inputs(
       data_folder(dataset), batch_size or FLAGS.batch_size, dataset, **options)
   _image_summary('images', images)
@@ -132,19 +130,22 @@ def inputs(eval_data, dataset=None, **options):
     dataset: as for `distorted_inputs`.
     **options: of `cifar10_input.inputs`, which says what it returns.
   """
-  dataset = dataset or cifar10_input.own_dataset(
-      NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN,
-      NUM_EXAMPLES_PER_EPOCH_FOR_EVAL)
+  dataset = dataset or _described_dataset()
   images, labels = cifar10_input.inputs(
       eval_data, data_folder(dataset), FLAGS.batch_size, dataset, **options)
   _image_summary('images', images)
   return images, labels
 
 
-def data_folder(dataset=None):
-  """Returns where the files of a data set, by default CIFAR-10, lie."""
-  return os.path.join(os.path.expanduser(FLAGS.data_dir),
-                      (dataset or cifar10_input.CIFAR10).folder)
+def _described_dataset():
+  return cifar10_input.described_dataset(
+      NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN,
+      NUM_EXAMPLES_PER_EPOCH_FOR_EVAL)
+
+
+def data_folder(dataset):
+  """Returns where the files of a data set lie."""
+  return os.path.join(os.path.expanduser(FLAGS.data_dir), dataset.folder)
 
 
 # The network.

@@ -42,7 +42,9 @@ def evaluate():
       evaluation = Evaluation()
     try:
       eval_once(checkpoint, evaluation)
-    except tf.errors.NotFoundError:
+      if FLAGS.run_once:
+        break
+    except (tf.errors.NotFoundError, ValueError):  # The latter by Saver.
       if checkpoint in cifar10_train.checkpoints(FLAGS.checkpoint_dir).values():
         raise
       say(f'{checkpoint} was removed before its evaluation.')
@@ -70,9 +72,8 @@ def _checkpoints():
         evaluated = checkpoint
         next_time = time.time() + FLAGS.eval_interval_secs
         yield checkpoint
-        if FLAGS.run_once:
-          return
-    time.sleep(1)
+    else:
+      time.sleep(1)
 
 
 def _latest_checkpoint():

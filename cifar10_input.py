@@ -522,25 +522,27 @@ DATASETS = {dataset.name: dataset
                             SYNTHETIC)}
 
 
-def own_dataset(num_classes, num_train_examples, num_eval_examples):
-  """Describes the data of a script that has set a module's constants.
+def described_dataset(*constants):
+  """Returns CIFAR-10, or what a script has made of it by setting constants.
 
-  Returns:
-    A `Dataset` of files with CIFAR-10's names and any number of records, or
-    None if the constants are still those of CIFAR-10.
+  Those are the numbers of classes, of examples to train on and to evaluate on in
+  another module; where one is that of CIFAR-10, this module's counts. If any is
+  another, the files of CIFAR-10 may have any number of records.
   """
-  if (num_classes, num_train_examples, num_eval_examples) == (10, 50000, 10000):
-    return None
+  published = 10, 50000, 10000
+  ours = (NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN,
+          NUM_EXAMPLES_PER_EPOCH_FOR_EVAL)
+  chosen = tuple(
+      their if their != default else our
+      for their, default, our in zip(constants or published, published, ours))
+  if chosen == published:
+    return CIFAR10
+  num_classes, num_train_examples, _ = chosen
   return dataclasses.replace(
       CIFAR10, train_files=dict.fromkeys(CIFAR10.train_files),
       eval_files=dict.fromkeys(CIFAR10.eval_files),
       classes=tuple(map(str, range(num_classes))),
       examples_per_epoch=num_train_examples)
-
-
-def _default_dataset():
-  return own_dataset(NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN,
-                     NUM_EXAMPLES_PER_EPOCH_FOR_EVAL) or CIFAR10
 
 
 # Reading it.
@@ -748,8 +750,7 @@ def crop_views(planes, views=CENTRAL_VIEW, image_size=None):
 
 def distorted_inputs(
     data_dir, batch_size, dataset=None, image_size=None,
-    min_fraction_of_examples_in_queue=MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
-    deterministic=False):
+    min_fraction_of_examples_in_queue=None, deterministic=False):
   """Builds the input of training: batches drawn at random, without end.
 
   Args:
@@ -769,10 +770,12 @@ def distorted_inputs(
   Raises:
     UserError: a file is not as the data set's description says.
   """
-  dataset = dataset or _default_dataset()
+  dataset = dataset or described_dataset()
   paths = check_files(dataset, data_dir, dataset.train_files)
-  min_queue_examples = int(
-      dataset.num_train_examples * min_fraction_of_examples_in_queue)
+  min_fraction = min_fraction_of_examples_in_queue
+  if min_fraction is None:
+    min_fraction = MIN_FRACTION_OF_EXAMPLES_IN_QUEUE
+  min_queue_examples = int(dataset.num_train_examples * min_fraction)
   capacity = min_queue_examples + (1 if deterministic else 3 * batch_size)
   # The operations inside of a thread use all processors, too.
   num_threads = 1 if deterministic else max(1, os.cpu_count() // 4)
@@ -813,7 +816,7 @@ def inputs(eval_data, data_dir, batch_size, dataset=None, image_size=None,
   Raises:
     UserError: a file is not as the data set's description says.
   """
-  dataset = dataset or _default_dataset()
+  dataset = dataset or described_dataset()
   files = dataset.eval_files if eval_data else dataset.train_files
   paths = check_files(dataset, data_dir, files)
   with tf.name_scope('input'):

@@ -279,7 +279,6 @@ class LoggerHook(tf.train.SessionRunHook):
 
 _RUN_FILE = 'run.json'
 _SHAPING_FLAGS = ('dataset', 'model', 'image_size')
-_ADOPTED_FLAGS = _SHAPING_FLAGS + ('data_dir', 'use_bfloat16', 'use_fp16')
 
 
 def write_run():
@@ -326,11 +325,17 @@ def check_run():
 
 
 def adopt_run(folder):
-  """Makes what the run in a folder was trained with the flags' defaults."""
-  run = read_run(folder)
-  for name in _ADOPTED_FLAGS:
-    if name in run:
-      FLAGS.set_default(name, run[name])
+  """Takes what no flag says from the run in a folder."""
+  run, names = read_run(folder), _SHAPING_FLAGS + ('data_dir',)
+  if not FLAGS['use_fp16'].present and not FLAGS['use_bfloat16'].present:
+    names += ('use_fp16', 'use_bfloat16')
+  for name in names:
+    if name in run and not FLAGS[name].present:
+      try:
+        FLAGS.set_default(name, run[name])
+      except flags.Error as error:
+        raise UserError(f'{folder} was trained with what is no more: {error}; '
+                        f'give --{name}.') from error
 
 
 _INDEX = re.compile(r'model\.ckpt-(\d+)\.index')
@@ -349,7 +354,7 @@ def checkpoints(folder):
   behind them, or of another run. An index comes last when TensorFlow writes a
   checkpoint, and goes first when it removes one.
   """
-  names = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
+  names = tf.io.gfile.listdir(folder) if tf.io.gfile.exists(folder) else []
   matches = filter(None, map(_INDEX.fullmatch, names))
   steps = sorted(int(match[1]) for match in matches)
   return {step: os.path.join(folder, 'model.ckpt-%d' % step) for step in steps}
@@ -456,15 +461,21 @@ class _FolderParser(flags.ArgumentParser):
   """Makes of a flag a folder that TensorFlow can write to: a path or a URL."""
 
   def parse(self, argument):
-    scheme = re.match(r'(\w+)://', argument)
-    if scheme and scheme[1] not in tf.io.gfile.get_registered_schemes():
-      raise ValueError(f'TensorFlow knows no file system {scheme[1]}://')
+    scheme, _, path = argument.rpartition('://')
+    if scheme and scheme not in tf.io.gfile.get_registered_schemes():
+      raise ValueError(f'TensorFlow knows no file system {scheme}://')
     if re.search(r'[][*?]', argument) or os.sep == '/' and '\\' in argument:
       raise ValueError(r'must do without * ? [ ] \, which mean something else '
                        'to TensorFlow')
-    if scheme and scheme[1] != 'file':
+    if scheme == 'file':
+      path = path.removeprefix('localhost')
+      if not path.startswith('/'):
+        raise ValueError('file:// needs an absolute path')
+    if scheme and not path.strip('/'):
+      raise ValueError('names no folder')
+    if scheme not in ('', 'file'):
       return argument
-    return os.path.abspath(os.path.expanduser(argument.replace('file://', '')))
+    return os.path.abspath(os.path.expanduser(path))
 
 
 class _DatasetParser(flags.ArgumentParser):
@@ -498,8 +509,8 @@ def define_data_flags():
       'model', 'default', ['default', 'local'], 'The network: with two fully '
       'connected layers, or with two locally connected ones.')
   flags.DEFINE_integer(
-      'image_size', cifar10.IMAGE_SIZE, 'Pixels of each side of a picture, of '
-      '32, that the network sees.', lower_bound=8, upper_bound=32)
+      'image_size', cifar10_input.IMAGE_SIZE, 'Pixels of each side of a '
+      'picture, of 32, that the network sees.', lower_bound=8, upper_bound=32)
   flags.DEFINE_boolean(
       'use_bfloat16', False, 'Compute activations in bfloat16, on GPUs and on '
       'CPUs with AVX512-BF16 or AMX; variables and losses stay in float32.')
@@ -662,14 +673,15 @@ def is_in_cluster():
     config = json.loads(os.environ.get('TF_CONFIG') or '{}')
     cluster = dict(config.get('cluster') or {})
     job = dict(config.get('task') or {}).get('type')
+    cluster.pop('evaluator', None)
+    num_workers = sum(len(cluster.pop(name, []))
+                      for name in ('chief', 'master', 'worker'))
   except (AttributeError, TypeError, ValueError) as error:
     raise UserError(f'TF_CONFIG cannot be read: {error}') from error
   if job == 'evaluator':
     raise UserError('TF_CONFIG says that this is the evaluator, which is '
                     'cifar10_eval.py.')
-  cluster.pop('evaluator', None)
-  computing = [cluster.pop(name, []) for name in ('chief', 'master', 'worker')]
-  return any(cluster.values()) or sum(map(len, computing)) > 1
+  return any(cluster.values()) or num_workers > 1
 
 
 def main(argv=None):
