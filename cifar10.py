@@ -168,12 +168,10 @@ def inference(images, recipe=None):
   # Edges and colours. 64 filters look at 5x5 pixels each.
   with tf.variable_scope('conv1'):
     kernel, biases = _weights_and_biases(
-        [5, 5, images.shape.as_list()[-1], 64], recipe.dtype, stddev=0.05,
-        bias=0.0)
+        [5, 5, 3, 64], recipe.dtype, stddev=0.05, bias=0.0)
     conv = tf.nn.conv2d(images, kernel, strides=1, padding='SAME')
-    # The tutorial adds the bias, applies ReLU and then pools. Neither of the
-    # two changes which value of a window is the largest, so pooling may come
-    # first; that leaves them a quarter of the values to work on.
+    # The tutorial pools after bias and ReLU. Neither changes which value of a
+    # window is the largest; pooled first, they have a quarter as many to do.
     pooled = _max_pool(conv)
     pre_activation = tf.nn.bias_add(pooled, biases)
   pool1 = tf.nn.relu(pre_activation, name='pool1')
@@ -189,9 +187,8 @@ def inference(images, recipe=None):
   norm2 = local_response_normalization(conv2, name='norm2')
   pool2 = _max_pool(norm2, name='pool2')
 
-  # What the picture shows as a whole. Nine tenths of all weights are here, so
-  # these two layers are the ones that would learn pictures by heart: only their
-  # weights decay.
+  # The picture as a whole. Nine tenths of all weights are in these two layers,
+  # which could learn the training images by heart: so their weights decay.
   if recipe.model == 'local':
     local3 = _locally_connected('local3', pool2, 32, recipe)
     local4 = _locally_connected('local4', local3, 32, recipe)

@@ -525,9 +525,9 @@ DATASETS = {dataset.name: dataset
 def described_dataset(*constants):
   """Returns CIFAR-10, or what a script has made of it by setting constants.
 
-  Those are the numbers of classes, of examples to train on and to evaluate on in
-  another module; where one is that of CIFAR-10, this module's counts. If any is
-  another, the files of CIFAR-10 may have any number of records.
+  Those are the numbers of classes, of examples to train on and to evaluate on
+  in another module; for one that is still CIFAR-10's, this module's counts. If
+  any differs, the files of CIFAR-10 may have any number of records.
   """
   published = 10, 50000, 10000
   ours = (NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN,
