@@ -241,11 +241,16 @@ def _locally_connected(name, images, channels, recipe):
     weights, biases = _weights_and_biases(
         [height * width, 9 * depth, channels], recipe.dtype, 0.04, bias=0.1,
         decay=recipe.weight_decay, bias_shape=[height, width, channels])
-    patches = tf.image.extract_patches(
-        images, [1, 3, 3, 1], [1, 1, 1, 1], [1, 1, 1, 1], 'SAME')
-    products = tf.einsum(  # Of each batch, place, input and output.
-        'bpi,pio->bpo', tf.reshape(patches, [-1, height * width, 9 * depth]),
-        weights)
+    # With the places in front, the layer is a matrix product for each of them.
+    # A patch is nine whole neighbours: faster than `tf.image.extract_patches`.
+    padded = tf.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]])
+    places = tf.reshape(tf.transpose(padded, [1, 2, 0, 3]),
+                        [(height + 2) * (width + 2), -1, depth])
+    number = np.arange((height + 2) * (width + 2)).reshape(height + 2, -1)
+    patches = tf.concat([
+        tf.gather(places, number[y:y + height, x:x + width].ravel())
+        for y in range(3) for x in range(3)], axis=2)
+    products = tf.transpose(tf.matmul(patches, weights), [1, 0, 2])
     products = tf.reshape(products, [-1, height, width, channels])
     return tf.nn.relu(products + biases, name=name)
 
