@@ -10,7 +10,6 @@ of your own does.
 """
 import dataclasses
 import os
-import re
 
 import numpy as np
 
@@ -33,8 +32,8 @@ tf.flags.DEFINE_boolean(
     'losses stay in float32.')
 
 # How the original trains. A script may set these before it builds a graph.
-INITIAL_LEARNING_RATE = 0.1       # The largest round number that does not fail.
-NUM_EPOCHS_PER_DECAY = 350.0      # Until then, the loss still falls with it.
+INITIAL_LEARNING_RATE = 0.1       # The largest round number that works.
+NUM_EPOCHS_PER_DECAY = 350.0      # So long the loss falls at one rate.
 LEARNING_RATE_DECAY_FACTOR = 0.1  # What the rate is multiplied with then.
 WEIGHT_DECAY = 0.004              # As cuda-convnet has it, on two layers.
 MOVING_AVERAGE_DECAY = 0.9999     # Over some 10,000 steps: 25 epochs.
@@ -44,7 +43,7 @@ TOWER_NAME = 'tower'
 
 
 def _constant(read):
-  """A field whose default is a module's constant when the recipe is made."""
+  """A field with a constant for default, as a script may have set it."""
   return dataclasses.field(default_factory=read)
 
 
@@ -86,7 +85,7 @@ _FAST = {
     'learning_rate': 0.02,
     'learning_rate_schedule': 'linear',
     'momentum': 0.9,            # 3 points better than none, in short runs.
-    'weight_decay': 0.008,      # In 30,000 steps, 0.004 learns by heart.
+    'weight_decay': 0.008,      # With 0.004, it learns images by heart.
     'moving_average_decay': 0.999}
 RECIPES = {
     'original': {},
@@ -259,10 +258,10 @@ def _weights_and_biases(shape, dtype, stddev, bias, decay=None,
                         bias_shape=None):
   """Makes a layer's variables, and returns them as tensors of a dtype.
 
-  The variables are float32: small updates would be lost in 16 bits. Weights of
-  that shape begin as a truncated normal distribution; with a decay, their L2
-  loss times that is in the collection `losses`. Each output, of which the last
-  number of the shape tells, has a bias, unless `bias_shape` has more.
+  The variables are float32: small updates would be lost in 16 bits. Weights
+  start from a truncated normal distribution. With `decay`, decay * L2 loss
+  joins the collection `losses`. There is one bias for each output, the last
+  dimension of `shape`, unless `bias_shape` is given.
   """
   weights = _variable_on_cpu(
       'weights', shape, tf.truncated_normal_initializer(stddev=stddev))
@@ -285,7 +284,7 @@ def _variable_on_cpu(name, shape, initializer):
 
 def local_response_normalization(
     images, depth_radius=4, bias=1.0, alpha=0.001 / 9.0, name=None):
-  """Divides each value by what its neighbouring channels amount to.
+  """Divides each value by a measure of the activity in neighbouring channels.
 
   Krizhevsky et al. 2012, section 3.3, with the constants of cuda-convnet:
 
@@ -375,17 +374,15 @@ def train(total_loss, global_step, recipe=None):
 
 def learning_rate(global_step, recipe):
   """Returns the learning rate at a step, a scalar float32."""
+  schedule = recipe.learning_rate, global_step, recipe.decay_steps
   if recipe.schedule == 'staircase':
     # Large steps get far, but then jump to and fro over what they look for.
     return tf.train.exponential_decay(
-        recipe.learning_rate, global_step, recipe.decay_steps,
-        LEARNING_RATE_DECAY_FACTOR, staircase=True)
-  done = tf.minimum(
-      1.0, tf.cast(global_step, tf.float32) / recipe.decay_steps)
+        *schedule, LEARNING_RATE_DECAY_FACTOR, staircase=True)
   if recipe.schedule == 'linear':
-    return recipe.learning_rate * (1 - done)
+    return tf.train.polynomial_decay(*schedule, end_learning_rate=0.0)
   # Half a wave of the cosine: Loshchilov and Hutter 2017, section 3.
-  return recipe.learning_rate * (1 + tf.cos(np.pi * done)) / 2
+  return tf.train.cosine_decay(*schedule)
 
 
 def make_optimizer(rate, recipe):
@@ -414,7 +411,7 @@ def apply_gradients(optimizer, gradients, global_step, recipe):
 def variable_averages(global_step, recipe):
   """Returns the moving averages of the variables, which evaluation uses.
 
-  Single steps jump about the best values; their average is closer to them.
+  Single steps jump around the best values; their average is nearer.
   Given the step, TensorFlow lets the first averages move faster.
   """
   return tf.train.ExponentialMovingAverage(
@@ -422,7 +419,7 @@ def variable_averages(global_step, recipe):
 
 
 # What TensorBoard shows. TensorFlow's own functions make tags from scopes
-# (conv1/conv1_1, total_loss__raw_); the operations below them take any tag.
+# (conv1/conv1_1, total_loss__raw_); raw operations take any tag.
 
 
 def observe(losses, gradients, rate):
@@ -451,13 +448,13 @@ def _activation_summaries(**layers):
   for layer, values in layers.items():
     _histogram_summary(layer + '/activations', values)
     with tf.name_scope(None), tf.name_scope('summaries/'):
-      zeros = tf.reduce_mean(tf.cast(tf.equal(values, 0), tf.float32))
+      zeros = tf.nn.zero_fraction(values)
     _scalar_summary(layer + '/sparsity', zeros)
 
 
 def _filter_summary():
   """The filters of conv1, side by side, as colours around grey."""
-  for variable in tf.trainable_variables('conv1/weights'):
+  for variable in tf.trainable_variables('conv1/weights'):  # If there is one.
     with tf.name_scope(None), tf.name_scope('summaries/'):
       filters = tf.pad(variable, [[1, 0], [1, 0], [0, 0], [0, 0]])
       height, width, depth, count = filters.shape.as_list()

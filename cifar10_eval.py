@@ -12,10 +12,8 @@ CUDA_VISIBLE_DEVICES= puts the evaluation on the CPU.
 import csv
 from datetime import datetime
 import heapq
-import io
 import math
 import operator
-import os
 import sys
 import time
 
@@ -31,14 +29,14 @@ from cifar10_input import UserError, say, what_went_wrong
 flags = tf.flags
 FLAGS = flags.FLAGS
 
-NUM_MISTAKES = 10  # The surest ones, that TensorBoard shows.
+NUM_MISTAKES = 10  # The surest ones are shown in TensorBoard.
 
 
 def evaluate():
   """Evaluates checkpoints as they come. Returns the exit code."""
   evaluation = None
   for checkpoint in _checkpoints():
-    if evaluation is None:  # Now there is a run, so it is known what of.
+    if evaluation is None:  # Only now is there a run to take flags from.
       evaluation = Evaluation()
     try:
       eval_once(checkpoint, evaluation)
@@ -68,7 +66,7 @@ def _checkpoints():
       listed = steps
       checkpoint = (_latest_checkpoint() if is_complete
                     else cifar10_train.latest_checkpoint(folder))
-      if checkpoint != evaluated:
+      if checkpoint not in (None, evaluated):
         evaluated = checkpoint
         next_time = time.time() + FLAGS.eval_interval_secs
         yield checkpoint
@@ -97,7 +95,7 @@ class Evaluation:
   """
 
   def __init__(self):
-    self.dataset = _dataset()
+    self.dataset = _adopt_run()
     self.files = (self.dataset.eval_files if FLAGS.eval_data == 'test'
                   else self.dataset.train_files)
     self.graph = tf.Graph()
@@ -106,7 +104,7 @@ class Evaluation:
         images, labels = cifar10.inputs(
             FLAGS.eval_data == 'test', self.dataset,
             image_size=FLAGS.image_size, views=_views())
-      central = images[:FLAGS.batch_size]  # To show mistakes with.
+      central = images[:FLAGS.batch_size]  # For pictures of mistakes.
       probabilities = _probabilities(images, self.dataset)
       self.fetches = [central, labels, probabilities, tf.summary.merge_all()]
       self.variables = _variables()
@@ -114,8 +112,8 @@ class Evaluation:
     self.writer = tf.summary.FileWriter(FLAGS.eval_dir, self.graph)
 
 
-def _dataset():
-  """Returns the data set that the run in --checkpoint_dir is of."""
+def _adopt_run():
+  """Takes flags' defaults from the run, and returns its data set."""
   cifar10_train.adopt_run(FLAGS.checkpoint_dir)
   return cifar10_train.prepare_dataset()
 
@@ -223,7 +221,7 @@ class Outcome:
     return self.correct / self.total
 
   def print_classes(self, classes):
-    """Prints how many of each class were found, and how many finds hold."""
+    """Prints recall and precision of each class, and the confusion matrix."""
     width = max(map(len, classes))
     say('  %-*s  recall              precision' % (width, ''))
     for i, name in enumerate(classes):
@@ -240,20 +238,19 @@ class Outcome:
   def write_csv(self, path, files, classes):
     """Writes a line for each example: FILE:RECORD, classes, probabilities."""
     keys = ('%s:%d' % (name, i) for name, n in files.items() for i in range(n))
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(['key', 'label', 'prediction', *classes])
-    for key, (label, prediction, probabilities) in zip(keys, self._answers):
-      writer.writerow([key, classes[label], classes[prediction],
-                       *('%.6f' % p for p in probabilities)])
-    cifar10_train.write_file(path, text.getvalue())
+    with tf.io.gfile.GFile(path, 'w') as f:
+      writer = csv.writer(f)
+      writer.writerow(['key', 'label', 'prediction', *classes])
+      for key, (label, prediction, probabilities) in zip(keys, self._answers):
+        writer.writerow([key, classes[label], classes[prediction],
+                         *('%.6f' % p for p in probabilities)])
 
   def add_pictures(self, summary, classes):
     """Adds the confusion matrix and the surest mistakes to a summary."""
     shares = self.confusion / np.maximum(
         self.confusion.sum(axis=1, keepdims=True), 1)
     cell = np.pad(np.ones([15, 15]), [[0, 1], [0, 1]])
-    picture = 255 * np.kron(shares ** 0.5, cell)  # So that a few are seen, too.
+    picture = 255 * np.kron(shares ** 0.5, cell)  # Shows small ones.
     _add_image(summary, 'confusion', picture[..., np.newaxis])
     for i, (_, true, predicted, image) in enumerate(self._mistakes):
       low, high = image.min(), image.max()
@@ -276,7 +273,7 @@ def _add_image(summary, tag, image):
 
 def predict(paths):
   """Prints the likeliest classes of picture files. Returns the exit code."""
-  checkpoint, dataset = _latest_checkpoint(), _dataset()
+  checkpoint, dataset = _latest_checkpoint(), _adopt_run()
   exit_code = 0
   with tf.Graph().as_default(), tf.Session() as session:
     contents = tf.placeholder(tf.string, [])
@@ -287,10 +284,8 @@ def predict(paths):
         with tf.io.gfile.GFile(path, 'rb') as f:
           values = session.run(probabilities, {contents: f.read()})[0]
       except tf.errors.OpError as error:
+        say(f'{path}: {what_went_wrong(error)}', sys.stderr)
         exit_code = 1
-        is_decoder = isinstance(error, tf.errors.InvalidArgumentError)
-        say(f'{path}: is no JPEG, PNG, GIF or BMP file' if is_decoder
-            else what_went_wrong(error), sys.stderr)
         continue
       best = values.argsort()[::-1][:3]
       say(f'{path}: ' + ', '.join(
@@ -305,7 +300,7 @@ def export(folder):
   3]; `encoded` takes `encoded`, the strings [batch] of picture files. Both give
   `probabilities`, float32 [batch, classes], and `classes`, int64 [batch].
   """
-  checkpoint, dataset = _latest_checkpoint(), _dataset()
+  checkpoint, dataset = _latest_checkpoint(), _adopt_run()
   if tf.io.gfile.exists(folder):
     raise UserError(f'--export_dir={folder} exists already: name a new one.')
   with tf.Graph().as_default(), tf.Session() as session:
@@ -321,10 +316,9 @@ def export(folder):
           'encoded': _signature(encoded, decoded, dataset)}
     _restore(session, checkpoint)
     builder = tf.saved_model.Builder(folder)
-    builder.add_meta_graph_and_variables(
-        session, [tf.saved_model.tag_constants.SERVING], signatures)
+    builder.add_meta_graph_and_variables(session, ['serve'], signatures)
     builder.save()
-  say(f'{checkpoint} is now {folder}.')
+  say(f'Exported {checkpoint} to {folder}.')
   return 0
 
 
@@ -352,10 +346,11 @@ def _restore(session, checkpoint):
 def define_flags():
   """Defines the flags of evaluation."""
   cifar10_train.define_data_flags()
-  cifar10_train.define_folder('checkpoint_dir', '/tmp/cifar10_train',
-                              'Where the checkpoints are.')
-  cifar10_train.define_folder('eval_dir', '/tmp/cifar10_eval',
-                              'Where event files are written.')
+  folder = cifar10_train.FolderParser()
+  flags.DEFINE(folder, 'checkpoint_dir', '/tmp/cifar10_train',
+               'Where the checkpoints are.')
+  flags.DEFINE(folder, 'eval_dir', '/tmp/cifar10_eval',
+               'Where event files are written.')
   flags.DEFINE_enum(
       'eval_data', 'test', ['test', 'train_eval'],
       'Which examples to evaluate on: those kept for it, or those of training.')
@@ -377,18 +372,16 @@ def define_flags():
   flags.DEFINE_list(
       'predict', None, 'Say what is on these pictures instead: JPEG, PNG, GIF '
       'or BMP files of any size.')
-  cifar10_train.define_folder(
-      'export_dir', None, 'Write the network as a SavedModel to this new '
-      'folder instead, with all that it does to pictures.')
+  flags.DEFINE(
+      folder, 'export_dir', None, 'Write the network as a SavedModel to this '
+      'new folder instead, with all that it does to pictures.')
 
 
 def main(argv=None):
   if FLAGS.predict:
     return predict(FLAGS.predict + argv[1:])
-  if argv[1:]:
-    raise flags.Error(f'what is {argv[1]!r}? Flags look like --name=value')
   return export(FLAGS.export_dir) if FLAGS.export_dir else evaluate()
 
 
 if __name__ == '__main__':
-  cifar10_train.run(main, define_flags, takes_arguments=True)
+  cifar10_train.run(main, define_flags)

@@ -11,7 +11,6 @@ The shuffle queue holds records as they lie on disk. A batch is distorted after
 it has left that queue, all of its images at once, and then waits in the last
 queue, so that the network need not wait.
 """
-import collections
 import contextlib
 import dataclasses
 import errno
@@ -28,6 +27,7 @@ import socket
 import sys
 import tarfile
 import types
+import typing
 import zlib
 
 try:
@@ -50,15 +50,15 @@ finally:
   os.close(_stderr)
 
 # Graphs, queues and sessions are what this suite teaches, so nobody needs to
-# read that TensorFlow calls them deprecated. Its step counter may read a step
-# while it is being raised, and then doubts that it is. Other warnings stay.
+# read that TensorFlow calls them deprecated. Its step counter may read the step
+# during an update, and then warns that it did not rise. Other warnings stay.
 tf.get_logger().addFilter(
     lambda record: record.levelno > logging.WARNING
     or not re.search('deprecated|global step .* has not been increased',
                      str(record.msg)))
 tf.disable_eager_execution()
 
-# Every picture in every data set has this size; CIFAR-10's has.
+# The size of every picture in every data set, as in CIFAR-10.
 HEIGHT, WIDTH, DEPTH = 32, 32, 3
 
 # The network sees this many pixels of each side of a picture: a random square
@@ -66,7 +66,7 @@ HEIGHT, WIDTH, DEPTH = 32, 32, 3
 IMAGE_SIZE = 24
 
 # What CIFAR-10 has. A script with data of its own may set these three, and
-# IMAGE_SIZE, before it builds its input: they are read when that is built.
+# IMAGE_SIZE, before it builds its input, which reads them then.
 NUM_CLASSES = 10
 NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = 50000
 NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = 10000
@@ -77,8 +77,8 @@ DATA_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 # it, so that neighbours in a file seldom meet in a batch.
 MIN_FRACTION_OF_EXAMPLES_IN_QUEUE = 0.4
 
-# Records that one run of the reader moves. One at a time, the way through
-# Python's threads would take longer than all the rest of the input.
+# Records that one run of the reader moves. A Python thread starts each run:
+# with one record in each, that would take longer than the rest of the input.
 _RECORDS_PER_READ = 256
 
 # Distorted batches that wait for the network.
@@ -148,7 +148,8 @@ def maybe_download_and_extract(dataset, data_dir, url=None, sha256=None):
   Args:
     dataset: the `Dataset`.
     data_dir: local folder of all data sets; made if need be.
-    url, sha256: of the archive (http, https or file), if not as published.
+    url, sha256: address (http, https or file) and checksum of the archive,
+      where they differ from the published ones.
 
   Raises:
     UserError: the data set is not there and cannot be had.
@@ -239,9 +240,8 @@ def _get(dataset, folder, url, sha256):
         for published, published_sha256 in dataset.downloads.items()]
     dataset.make(dataset, downloads, partial)
     os.makedirs(folder, exist_ok=True)
-    for name in os.listdir(partial):
-      if not os.path.exists(os.path.join(folder, name)):
-        os.replace(os.path.join(partial, name), os.path.join(folder, name))
+    for name in set(os.listdir(partial)) - set(os.listdir(folder)):
+      os.replace(os.path.join(partial, name), os.path.join(folder, name))
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 
@@ -254,8 +254,9 @@ def _download(name, url, sha256, partial):
   if os.path.isfile(archive):  # Perhaps put there by hand: it is checked, too.
     url = pathlib.Path(archive).absolute().as_uri()
     advice = 'Delete it, or accept it with --data_sha256.'
-  elif not sys.stdout.isatty():  # Instead of a bar, which a log would keep.
+  elif not sys.stdout.isatty():
     say(f'Downloading {url}')
+  if not sys.stdout.isatty():  # A log would keep all states of keras's bar.
     tf.keras.utils.disable_interactive_logging()
   timeout = socket.getdefaulttimeout()
   socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_SECS)
@@ -265,10 +266,12 @@ def _download(name, url, sha256, partial):
         cache_dir=os.path.abspath(partial))
   except Exception as error:  # get_file raises nothing more precise.
     raise UserError(
-        f'{url} cannot be used: {what_went_wrong(error)} {advice}') from error
+        f'{url} cannot be used ({what_went_wrong(error)}). {advice}'
+        ) from error
   finally:
     socket.setdefaulttimeout(timeout)
-  os.replace(os.path.join(partial, name), archive)
+  if not os.path.exists(archive):
+    os.replace(os.path.join(partial, name), archive)
   return archive
 
 
@@ -288,7 +291,8 @@ def _extract(dataset, archives, destination):
   except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
     raise UserError(f'{archive} cannot be extracted ({error}): delete it and '
                     'start again.') from error
-  for name in missing.values():
+  if missing:
+    name = min(missing.values())
     raise UserError(f'{archive} is not the archive of {dataset.name}: it has '
                     f'no {name} of {dataset.size_bytes(name)} bytes.')
 
@@ -388,8 +392,8 @@ def decode(contents):
 def fit(images):
   """Scales pictures until they cover 32x32 pixels, and cuts off the rest.
 
-  Makes of images [batch, height, width, 3], 0 to 255, of any type, float32
-  [batch, 3, 32, 32] of whole numbers. Those of that size stay as they are.
+  Takes [batch, height, width, 3], 0 to 255, of any type; returns whole numbers,
+  float32 [batch, 3, 32, 32]. Pictures of 32x32 pixels are unchanged.
   """
   size = tf.constant([HEIGHT, WIDTH], tf.float32)
   shape = tf.cast(tf.shape(images)[1:3], tf.float32)
@@ -568,10 +572,8 @@ def check_files(dataset, folder, files):
 
 def _find_flaw(path, dataset):
   """Returns what is wrong with a file, or None."""
-  if not os.path.exists(path):
-    return 'is missing'
   if not os.path.isfile(path):
-    return 'is not a file'
+    return 'is not a file' if os.path.exists(path) else 'is missing'
   size_bytes, name = os.path.getsize(path), os.path.basename(path)
   if dataset.files[name] is None:
     if size_bytes == 0 or size_bytes % dataset.record_bytes:
@@ -635,16 +637,14 @@ def _fill(queue, paths, dataset, shuffle):
 # Distorting it: chance first, then arithmetic.
 
 
-class Distortions(collections.namedtuple(
-    'Distortions', ['top', 'left', 'flip', 'brightness', 'contrast'])):
-  """How to distort each image of a batch.
-
-  top, left: int32 [batch], in pixels: the corner of the crop.
-  flip: bool [batch], whether to mirror it left to right.
-  brightness: float32 [batch], added to each value.
-  contrast: float32 [batch], factor of each value's distance from its channel's
-    mean.
-  """
+class Distortions(typing.NamedTuple):
+  """How to distort each image of a batch."""
+  top: tf.Tensor         # int32 [batch], in pixels: the corner of the crop.
+  left: tf.Tensor
+  flip: tf.Tensor        # bool [batch], whether to mirror it left to right.
+  brightness: tf.Tensor  # float32 [batch], added to each value.
+  contrast: tf.Tensor    # float32 [batch], factor of each value's distance from
+                         # its channel's mean.
 
 
 def draw_distortions(batch_size, image_size=None):

@@ -8,7 +8,7 @@ towers compute gradients of the same variables, which are averaged and applied
 once: two towers of 64 images learn just as one batch of 128 does.
 
 Where there are fewer GPUs than asked for, towers share them, and without any
-they share the CPU: that wins no time, but everything can be tried out.
+they share the CPU: that saves no time, but everything can be tried out.
 
 Started on several machines, each with its place in a `TF_CONFIG`, the script is
 a TensorFlow cluster; README.md has an example.
@@ -37,8 +37,10 @@ FLAGS = flags.FLAGS
 
 def train():
   """Trains on --num_gpus towers of each machine. Returns the exit code."""
-  if cifar10_train.is_in_cluster():
-    return Cluster(*read_cluster()).run()
+  jobs, *task = cifar10_train.read_cluster()
+  if jobs:
+    check_cluster(jobs, *task)
+    return Cluster(jobs, *task).run()
   return cifar10_train.run_training(
       build_step, FLAGS.batch_size * FLAGS.num_gpus)
 
@@ -146,20 +148,8 @@ def _average(tensors, name):
 _TIMEOUT_SECS = 600  # How long to wait for a task that is not there.
 
 
-def read_cluster():
-  """Returns what TF_CONFIG says of a cluster and of this process's task in it.
-
-  That is a dict from 'ps', 'worker' and either 'chief' or 'master' to lists of
-  addresses, HOST:PORT; the task's job, one of these; and its index. A UserError
-  says why one cannot train with it.
-  """
-  try:
-    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
-    jobs = resolver.cluster_spec().as_dict()
-    job, index = resolver.task_type, resolver.task_id or 0
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UserError('TF_CONFIG cannot be read: %s' % error) from error
-  jobs.pop('evaluator', None)  # It is beside the cluster.
+def check_cluster(jobs, job, index):
+  """Raises a UserError that says why no cluster can train with a TF_CONFIG."""
   for name, addresses in jobs.items():
     if name not in ('chief', 'master', 'worker', 'ps'):
       raise UserError('TF_CONFIG has a job in its cluster that is none of '
@@ -181,7 +171,6 @@ def read_cluster():
   if not 0 <= index < len(jobs[job]):
     raise UserError('TF_CONFIG has the task index %d, but its cluster only %d '
                     'of %s.' % (index, len(jobs[job]), job))
-  return jobs, job, index
 
 
 class Cluster(cifar10_train.Task):
@@ -208,6 +197,7 @@ class Cluster(cifar10_train.Task):
     self._server = self._start_server(spec)
     self._hook = ReplicaHook(self)
     super().__init__(
+        # A ps is no worker, and so not the chief.
         worker=self._workers.index(self._task) if job != 'ps' else -1,
         num_workers=len(self._workers) if FLAGS.sync_replicas else 1,
         target=self._server.target,
@@ -372,9 +362,9 @@ class Cluster(cifar10_train.Task):
 class ReplicaHook(tf.train.SessionRunHook):
   """Lets replicas do their steps together, if they are synchronous.
 
-  A replica that has computed a gradient waits for a token, which is there when
-  enough gradients are, and tells it the step to compute the next one for.
-  Gradients for earlier steps are dropped; so a token too many does no harm.
+  After computing a gradient, a replica waits for a token, which comes when
+  there are enough gradients, and carries the step to compute next. Stale
+  gradients are dropped, so an extra token does no harm.
   """
 
   def __init__(self, cluster):
@@ -418,11 +408,13 @@ class ReplicaHook(tf.train.SessionRunHook):
 
   def after_run(self, run_context, run_values):
     self._last_time = time.time()
-    self._cluster.check()
+    if self._cluster.error:
+      run_context.request_stop()
 
   def end(self, session):
     if self._cluster.is_chief:
       self.wake_all()
+    self._cluster.check()
 
   def wake_all(self):
     """Gives each replica a token, so that none waits for one."""

@@ -78,7 +78,7 @@ def prepare_dataset():
 
 
 def network_recipe(dataset):
-  """Returns a `cifar10.Recipe` that says as much as evaluation has to know."""
+  """Returns the part of the `cifar10.Recipe` that evaluation needs."""
   return cifar10.Recipe(
       num_classes=len(dataset.classes), model=FLAGS.model,
       dtype=(tf.bfloat16 if FLAGS.use_bfloat16 else
@@ -105,12 +105,12 @@ def training_recipe(dataset, examples_per_step):
 @dataclasses.dataclass
 class Task:
   """What this process is in a training; by default, all of it."""
-  worker: int = 0         # Number among all workers; the chief has 0. It alone
+  worker: int = 0         # Index among all workers; the chief has 0. It alone
                           # writes to --train_dir.
-  num_workers: int = 1    # That do each step together.
+  num_workers: int = 1    # Workers that share each step.
   target: str = ''        # What a session connects to.
   device: object = None   # Where operations go, for `tf.device`.
-  hooks: tuple = ()       # That a session must have.
+  hooks: tuple = ()       # Hooks that the session must have.
   config: tf.ConfigProto = dataclasses.field(default_factory=tf.ConfigProto)
 
   @property
@@ -130,9 +130,8 @@ def run_training(build, examples, task=None):
     The exit code: 0, or 128 and the number of the signal.
   """
   task = task or Task()
-  with contextlib.ExitStack() as stack:
-    if task.is_chief:
-      stack.enter_context(cifar10_input.locked(FLAGS.train_dir, 'train_dir'))
+  with (cifar10_input.locked(FLAGS.train_dir, 'train_dir') if task.is_chief
+        else contextlib.nullcontext()):
     checkpoint = _checkpoint_to_continue()
     if checkpoint and _is_trained(checkpoint):
       return 0
@@ -167,9 +166,9 @@ def _train(build, dataset, examples, task, checkpoint):
     write_run()
   logger = LoggerHook(loss, steps_done, examples_per_step, FLAGS.log_frequency)
   signals = []  # Those that came.
-  handle_signals(signals.append)
   try:
     with _session(checkpoint, task, logger) as session:
+      handle_signals(signals.append)  # Before, a signal ends the process.
       while not session.should_stop() and not signals:
         session.run(train_op)
   except (tf.errors.OpError, ValueError) as error:
@@ -193,8 +192,7 @@ def _session(checkpoint, task, logger):
   scaffold = tf.train.Scaffold(saver=saver)
   task.config.allow_soft_placement = True
   task.config.log_device_placement = FLAGS.log_device_placement
-  hooks = [tf.train.StopAtStepHook(last_step=FLAGS.max_steps), logger,
-           *task.hooks]
+  hooks = [tf.train.StopAtStepHook(last_step=FLAGS.max_steps), logger]
   if task.is_chief:
     creator = tf.train.ChiefSessionCreator(
         scaffold, task.target, task.config,
@@ -207,23 +205,24 @@ def _session(checkpoint, task, logger):
             scaffold=scaffold),
         tf.train.CheckpointSaverHook(
             FLAGS.train_dir, FLAGS.save_checkpoint_secs, scaffold=scaffold)]
+    if checkpoint:  # The saver is to remove older ones, as it adds new ones.
+      older = list(checkpoints(FLAGS.train_dir).values())
+      saver.recover_last_checkpoints(older[:older.index(checkpoint) + 1])
   else:
     creator = tf.train.WorkerSessionCreator(scaffold, task.target, task.config)
-  if checkpoint:  # The saver is to remove older ones, as it adds new ones.
-    older = list(checkpoints(FLAGS.train_dir).values())
-    saver.recover_last_checkpoints(older[:older.index(checkpoint) + 1])
   with tf.name_scope('session'):  # One box in TensorBoard's graph.
-    return tf.train.MonitoredSession(creator, hooks)
+    return tf.train.MonitoredSession(creator, [*hooks, *task.hooks])
 
 
 def _explain(error, dataset):
-  """Raises a UserError if it is known what an error comes from."""
+  """Raises a UserError instead, if the cause of an error is known."""
   cifar10_input.check_files(
       dataset, cifar10.data_folder(dataset), dataset.train_files)
   if not tf.io.gfile.isdir(FLAGS.train_dir):
     raise UserError(
         f'--train_dir={FLAGS.train_dir} is no folder any more.') from error
-  if 'istogram for: ' in str(error):  # It takes finite numbers only.
+  # "Nan in summary histogram for: X", or "Infinity in Histogram for: X".
+  if 'istogram for: ' in str(error):
     raise UserError('a gradient ' + _NOT_FINITE) from error
 
 
@@ -237,7 +236,7 @@ class LoggerHook(tf.train.SessionRunHook):
 
   Args:
     loss: scalar float32.
-    steps_done: scalar int64, read after the step; then it is in `step`.
+    steps_done: scalar int64, the global step after the step.
     examples_per_step: int.
     log_frequency: int, steps from one line to the next.
   """
@@ -254,7 +253,8 @@ class LoggerHook(tf.train.SessionRunHook):
     self._last_time = time.time()
 
   def before_run(self, run_context):
-    return tf.train.SessionRunArgs(self._fetches)
+    return tf.train.SessionRunArgs(
+        self._fetches, options=tf.RunOptions(timeout_in_ms=1200000))
 
   def after_run(self, run_context, run_values):
     loss_value, self.step = run_values.results
@@ -289,19 +289,14 @@ def write_run():
   values['data_dir'] = os.path.abspath(os.path.expanduser(FLAGS.data_dir))
   versions = {'tensorflow': tf.version.VERSION, 'numpy': np.__version__,
               'python': sys.version.split()[0]}
-  write_file(os.path.join(FLAGS.train_dir, _RUN_FILE),
-             json.dumps({'flags': values, 'versions': versions}, indent=1))
-
-
-def write_file(path, text):
-  """Writes a file, which nobody ever sees half written."""
-  with tf.io.gfile.GFile(path + '.tmp', 'w') as f:
-    f.write(text)
+  path = os.path.join(FLAGS.train_dir, _RUN_FILE)
+  with tf.io.gfile.GFile(path + '.tmp', 'w') as f:  # Nobody reads half a file.
+    json.dump({'flags': values, 'versions': versions}, f, indent=1)
   tf.io.gfile.rename(path + '.tmp', path, overwrite=True)
 
 
 def read_run(folder):
-  """Returns the flags of the run in a folder, none if they are not known."""
+  """Returns the flags of the run in a folder, {} if they are not known."""
   try:
     with tf.io.gfile.GFile(os.path.join(folder, _RUN_FILE)) as f:
       return dict(json.load(f)['flags'])
@@ -325,7 +320,7 @@ def check_run():
 
 
 def adopt_run(folder):
-  """Takes what no flag says from the run in a folder."""
+  """Makes data, network and precision of a run the defaults of flags."""
   run, names = read_run(folder), _SHAPING_FLAGS + ('data_dir',)
   if not FLAGS['use_fp16'].present and not FLAGS['use_bfloat16'].present:
     names += ('use_fp16', 'use_bfloat16')
@@ -334,17 +329,16 @@ def adopt_run(folder):
       try:
         FLAGS.set_default(name, run[name])
       except flags.Error as error:
-        raise UserError(f'{folder} was trained with what is no more: {error}; '
-                        f'give --{name}.') from error
+        raise UserError(
+            f'{folder} was trained with --{name}={run[name]}, which is not to '
+            f'be had now ({error}): give --{name}.') from error
 
 
-_INDEX = re.compile(r'model\.ckpt-(\d+)\.index')
-_REST = re.compile(r'model\.ckpt-(\d+)\.(meta|data-\d+-of-\d+)')
-_OTHER_FILES = re.compile(
-    r'checkpoint|run\.json(\.tmp)?|graph\.pbtxt|events\.out\.tfevents\..*')
-_UNFINISHED = re.compile(
-    r'(checkpoint|graph\.pbtxt|model\.ckpt-\d+\.(index|meta|data-\d+-of-\d+))'
-    r'\.(tempstate\d+|tmp[0-9a-f]{32})')
+# What a run leaves, and what a save that was killed had not renamed yet.
+_FILE = re.compile(
+    r'(checkpoint|graph\.pbtxt|run\.json|events\.out\.tfevents\..*|'
+    r'model\.ckpt-(?P<step>\d+)\.(?P<part>index|meta|data-\d+-of-\d+))'
+    r'(?P<unfinished>\.(tmp[0-9a-f]*|tempstate\d+))?')
 
 
 def checkpoints(folder):
@@ -355,8 +349,9 @@ def checkpoints(folder):
   checkpoint, and goes first when it removes one.
   """
   names = tf.io.gfile.listdir(folder) if tf.io.gfile.exists(folder) else []
-  matches = filter(None, map(_INDEX.fullmatch, names))
-  steps = sorted(int(match[1]) for match in matches)
+  matches = filter(None, map(_FILE.fullmatch, names))
+  steps = sorted(int(match['step']) for match in matches
+                 if match['part'] == 'index' and not match['unfinished'])
   return {step: os.path.join(folder, 'model.ckpt-%d' % step) for step in steps}
 
 
@@ -372,7 +367,7 @@ def latest_checkpoint(folder):
 
 
 def _find_flaw(checkpoint):
-  """Returns why a checkpoint is not acceptable, or None."""
+  """Returns why a checkpoint must not be used, or None."""
   try:
     reader = tf.train.NewCheckpointReader(checkpoint)
     for name in reader.get_variable_to_shape_map():
@@ -423,7 +418,7 @@ def _checkpoint_to_continue():
 
 
 def _is_trained(checkpoint):
-  """Returns whether nothing is left to do, and says where training starts."""
+  """Says where training starts. Returns whether no step is left to do."""
   step = read_step(checkpoint)
   if step < FLAGS.max_steps:
     say(f'Continuing from {checkpoint}.')
@@ -444,12 +439,10 @@ def _tidy_train_dir():
   whole = checkpoints(FLAGS.train_dir)
   for name in tf.io.gfile.listdir(FLAGS.train_dir):
     path = os.path.join(FLAGS.train_dir, name)
-    rest = _REST.fullmatch(name)
-    is_remains = _UNFINISHED.fullmatch(name) or (
-        rest and int(rest[1]) not in whole)
-    is_ours = rest or _INDEX.fullmatch(name) or _OTHER_FILES.fullmatch(name)
-    if ((is_remains or is_ours and FLAGS.overwrite)
-        and not tf.io.gfile.isdir(path)):
+    match = _FILE.fullmatch(name)
+    if match and not tf.io.gfile.isdir(path) and (
+        FLAGS.overwrite or match['unfinished']
+        or match['step'] and int(match['step']) not in whole):
       tf.io.gfile.remove(path)
 
 
@@ -457,7 +450,7 @@ def _tidy_train_dir():
 # evaluation refuses what only training knows.
 
 
-class _FolderParser(flags.ArgumentParser):
+class FolderParser(flags.ArgumentParser):
   """Makes of a flag a folder that TensorFlow can write to: a path or a URL."""
 
   def parse(self, argument):
@@ -488,11 +481,6 @@ class _DatasetParser(flags.ArgumentParser):
     if argument not in cifar10_input.DATASETS and not os.path.isdir(folder):
       raise ValueError('must be ' + self.syntactic_help)
     return argument if argument in cifar10_input.DATASETS else folder
-
-
-def define_folder(name, default, help):
-  """Defines a flag for a folder of a run: a path, or a URL."""
-  flags.DEFINE(_FolderParser(), name, default, help)
 
 
 def define_data_flags():
@@ -546,8 +534,8 @@ def define_flags():
 
 
 def _define_run_flags():
-  define_folder('train_dir', '/tmp/cifar10_train',
-                'Where checkpoints and event files are written.')
+  flags.DEFINE(FolderParser(), 'train_dir', '/tmp/cifar10_train',
+               'Where checkpoints and event files are written.')
   flags.DEFINE_boolean(
       'overwrite', False, 'Start anew: remove the checkpoints and event files '
       'of an earlier run in --train_dir.')
@@ -587,7 +575,7 @@ def _define_recipe_flags():
 # How a script starts and ends.
 
 
-def run(main, define_flags, takes_arguments=False):
+def run(main, define_flags):
   """Parses the flags, runs a script's `main(argv)` and exits with its result.
 
   What a user can mend, and what the system refuses, is one line on stderr:
@@ -597,7 +585,7 @@ def run(main, define_flags, takes_arguments=False):
   handle_signals(_interrupt)
   try:
     argv = _parse_flags(define_flags)
-    if argv[1:] and not takes_arguments:
+    if argv[1:] and not ('predict' in FLAGS and FLAGS.predict):
       raise flags.Error(f'what is {argv[1]!r}? Flags look like --name=value')
     _leave(main(argv))
   except flags.Error as error:
@@ -610,9 +598,9 @@ def run(main, define_flags, takes_arguments=False):
 
 
 def _parse_flags(define_flags):
-  """Returns the arguments that are no flags. With --help, shows that."""
+  """Returns the arguments that are not flags. --help ends the program."""
   define_flags()
-  flags.DEFINE_boolean('help', False, 'Show this.', short_name='h')
+  flags.DEFINE_boolean('help', False, 'Show all flags.', short_name='h')
   try:
     argv = FLAGS(sys.argv)
   except ValueError as error:  # As for --norun_once=1.
@@ -664,28 +652,33 @@ def _interrupt(signum):
   raise KeyboardInterrupt(signum)
 
 
-def is_in_cluster():
-  """Returns whether TF_CONFIG makes this process a task of a cluster.
+def read_cluster():
+  """Returns the jobs in TF_CONFIG, and the job and the index of this task.
 
-  A cluster of one task that computes is one machine, and trains as one.
+  The jobs are a dict from names to lists of addresses. They are empty where no
+  other task computes: that is one machine, and trains as one.
   """
+  if not os.environ.get('TF_CONFIG'):
+    return {}, None, 0
   try:
-    config = json.loads(os.environ.get('TF_CONFIG') or '{}')
-    cluster = dict(config.get('cluster') or {})
-    job = dict(config.get('task') or {}).get('type')
-    cluster.pop('evaluator', None)
-    num_workers = sum(len(cluster.pop(name, []))
-                      for name in ('chief', 'master', 'worker'))
-  except (AttributeError, TypeError, ValueError) as error:
+    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    jobs = resolver.cluster_spec().as_dict()
+    job, index = resolver.task_type, resolver.task_id or 0
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise UserError(f'TF_CONFIG cannot be read: {error}') from error
   if job == 'evaluator':
     raise UserError('TF_CONFIG says that this is the evaluator, which is '
                     'cifar10_eval.py.')
-  return any(cluster.values()) or num_workers > 1
+  jobs.pop('evaluator', None)  # It is beside the cluster.
+  if jobs.keys() <= {'chief', 'master', 'worker'} and sum(
+      map(len, jobs.values())) <= 1:
+    jobs = {}
+  return jobs, job, index
 
 
 def main(argv=None):
-  if is_in_cluster():
+  jobs, *_ = read_cluster()
+  if jobs:
     raise UserError('TF_CONFIG describes a cluster, on which '
                     'cifar10_multi_gpu_train.py trains.')
   return train()

@@ -197,8 +197,7 @@ def call_script(monkeypatch, capfd):
     capfd.readouterr()
     with forgotten_flags(), tf.Graph().as_default(), \
         pytest.raises(SystemExit) as exit_info:
-      cifar10_train.run(script.main, script.define_flags,
-                        takes_arguments=script is cifar10_eval)
+      cifar10_train.run(script.main, script.define_flags)
     stdout, stderr = capfd.readouterr()
     return types.SimpleNamespace(
         code=exit_info.value.code or 0, stdout=stdout, stderr=stderr)

@@ -170,8 +170,7 @@ def _config(jobs=None, job='chief', index=0, **changes):
     ({'master': ['a:1'], 'ps': ['b:2']}, 'master', 0)])
 def test_task_is_taken_from_the_environment(monkeypatch, jobs, job, index):
   monkeypatch.setenv('TF_CONFIG', _config(jobs, job, index, evaluator=['e:5']))
-  assert cifar10_train.is_in_cluster()
-  assert cifar10_multi_gpu_train.read_cluster() == (jobs, job, index)
+  assert cifar10_train.read_cluster() == (jobs, job, index)
 
 
 @pytest.mark.parametrize('config, complaint', [
