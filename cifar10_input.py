@@ -270,8 +270,11 @@ def _download(name, url, sha256, partial):
         ) from error
   finally:
     socket.setdefaulttimeout(timeout)
-  if not os.path.exists(archive):
-    os.replace(os.path.join(partial, name), archive)
+  downloaded = os.path.join(partial, name)
+  if os.path.exists(archive):
+    os.remove(downloaded)
+  else:
+    os.replace(downloaded, archive)
   return archive
 
 
