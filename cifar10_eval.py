@@ -95,7 +95,10 @@ class Evaluation:
   """
 
   def __init__(self):
-    self.dataset = _adopt_run()
+    cifar10_train.adopt_run(
+        FLAGS.checkpoint_dir, ('dataset', 'data_dir', 'model', 'image_size'))
+    self.dataset = cifar10_train.prepare_dataset()
+    cifar10_train.check_classes(FLAGS.checkpoint_dir, self.dataset)
     self.files = (self.dataset.eval_files if FLAGS.eval_data == 'test'
                   else self.dataset.train_files)
     self.graph = tf.Graph()
@@ -105,17 +108,21 @@ class Evaluation:
             FLAGS.eval_data == 'test', self.dataset,
             image_size=FLAGS.image_size, views=_views())
       central = images[:FLAGS.batch_size]  # For pictures of mistakes.
-      probabilities = _probabilities(images, self.dataset)
+      probabilities = _probabilities(images, self.dataset.classes)
       self.fetches = [central, labels, probabilities, tf.summary.merge_all()]
       self.variables = _variables()
       self.scaffold = tf.train.Scaffold(saver=tf.train.Saver(self.variables))
     self.writer = tf.summary.FileWriter(FLAGS.eval_dir, self.graph)
 
 
-def _adopt_run():
-  """Takes flags' defaults from the run, and returns its data set."""
-  cifar10_train.adopt_run(FLAGS.checkpoint_dir)
-  return cifar10_train.prepare_dataset()
+def _adopt_classes():
+  """Takes flags' defaults from the run, and returns its classes: no data."""
+  run = cifar10_train.adopt_run(FLAGS.checkpoint_dir, ('model', 'image_size'))
+  if 'classes' in run:
+    return run['classes']
+  if FLAGS.dataset in cifar10_input.DATASETS:
+    return cifar10_input.DATASETS[FLAGS.dataset].classes
+  return cifar10_train.prepare_dataset().classes
 
 
 def _views():
@@ -123,14 +130,14 @@ def _views():
           else cifar10_input.CENTRAL_VIEW)
 
 
-def _probabilities(images, dataset):
+def _probabilities(images, classes):
   """Returns what the network says of images from `cifar10_input.crop_views`.
 
   It is averaged over the views of each picture: float32 [batch, classes].
   """
-  logits = cifar10.inference(images, cifar10_train.network_recipe(dataset))
+  logits = cifar10.inference(images, cifar10_train.network_recipe(classes))
   by_view = tf.reshape(
-      tf.nn.softmax(logits), [len(_views()), -1, len(dataset.classes)])
+      tf.nn.softmax(logits), [len(_views()), -1, len(classes)])
   return tf.reduce_mean(by_view, axis=0)
 
 
@@ -273,11 +280,11 @@ def _add_image(summary, tag, image):
 
 def predict(paths):
   """Prints the likeliest classes of picture files. Returns the exit code."""
-  checkpoint, dataset = _latest_checkpoint(), _adopt_run()
+  checkpoint, classes = _latest_checkpoint(), _adopt_classes()
   exit_code = 0
   with tf.Graph().as_default(), tf.Session() as session:
     contents = tf.placeholder(tf.string, [])
-    probabilities = _classify(cifar10_input.decode(contents), dataset)
+    probabilities = _classify(cifar10_input.decode(contents), classes)
     _restore(session, checkpoint)
     for path in paths:
       try:
@@ -289,7 +296,7 @@ def predict(paths):
         continue
       best = values.argsort()[::-1][:3]
       say(f'{path}: ' + ', '.join(
-          f'{dataset.classes[i]} {values[i]:.3f}' for i in best))
+          f'{classes[i]} {values[i]:.3f}' for i in best))
   return exit_code
 
 
@@ -300,7 +307,7 @@ def export(folder):
   3]; `encoded` takes `encoded`, the strings [batch] of picture files. Both give
   `probabilities`, float32 [batch, classes], and `classes`, int64 [batch].
   """
-  checkpoint, dataset = _latest_checkpoint(), _adopt_run()
+  checkpoint, classes = _latest_checkpoint(), _adopt_classes()
   if tf.io.gfile.exists(folder):
     raise UserError(f'--export_dir={folder} exists already: name a new one.')
   with tf.Graph().as_default(), tf.Session() as session:
@@ -312,8 +319,8 @@ def export(folder):
     with tf.variable_scope('', reuse=tf.AUTO_REUSE):
       signatures = {
           tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY: _signature(
-              images, cifar10_input.fit(images), dataset),
-          'encoded': _signature(encoded, decoded, dataset)}
+              images, cifar10_input.fit(images), classes),
+          'encoded': _signature(encoded, decoded, classes)}
     _restore(session, checkpoint)
     builder = tf.saved_model.Builder(folder)
     builder.add_meta_graph_and_variables(session, ['serve'], signatures)
@@ -322,15 +329,15 @@ def export(folder):
   return 0
 
 
-def _classify(planes, dataset):
+def _classify(planes, classes):
   """Returns probabilities [batch, classes] for pictures [batch, 3, 32, 32]."""
   return _probabilities(
-      cifar10_input.crop_views(planes, _views(), FLAGS.image_size), dataset)
+      cifar10_input.crop_views(planes, _views(), FLAGS.image_size), classes)
 
 
-def _signature(input_, planes, dataset):
+def _signature(input_, planes, classes):
   planes.set_shape([None, 3, 32, 32])
-  probabilities = _classify(planes, dataset)
+  probabilities = _classify(planes, classes)
   return tf.saved_model.predict_signature_def(
       {input_.op.name: input_},
       {'probabilities': probabilities,

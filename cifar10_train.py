@@ -77,10 +77,10 @@ def prepare_dataset():
   return dataset
 
 
-def network_recipe(dataset):
+def network_recipe(classes):
   """Returns the part of the `cifar10.Recipe` that evaluation needs."""
   return cifar10.Recipe(
-      num_classes=len(dataset.classes), model=FLAGS.model,
+      num_classes=len(classes), model=FLAGS.model,
       dtype=(tf.bfloat16 if FLAGS.use_bfloat16 else
              tf.float16 if FLAGS.use_fp16 else tf.float32))
 
@@ -89,7 +89,7 @@ def training_recipe(dataset, examples_per_step):
   """Returns the whole `cifar10.Recipe`."""
   schedule = FLAGS.learning_rate_schedule
   return dataclasses.replace(
-      network_recipe(dataset),
+      network_recipe(dataset.classes),
       learning_rate=FLAGS.learning_rate,
       schedule=schedule,
       decay_steps=FLAGS.max_steps if schedule != 'staircase' else
@@ -136,6 +136,8 @@ def run_training(build, examples, task=None):
     if checkpoint and _is_trained(checkpoint):
       return 0
     dataset = prepare_dataset()
+    if checkpoint:
+      check_classes(FLAGS.train_dir, dataset)
     if examples > dataset.num_train_examples:
       raise UserError(f'a step of {examples} images is more than the '
                       f'{dataset.num_train_examples} there are: lower '
@@ -163,7 +165,7 @@ def _train(build, dataset, examples, task, checkpoint):
     check_checkpoint(checkpoint, {v.op.name: v for v in tf.global_variables()})
   if task.is_chief:
     _tidy_train_dir()
-    write_run()
+    write_run(dataset)
   logger = LoggerHook(loss, steps_done, examples_per_step, FLAGS.log_frequency)
   signals = []  # Those that came.
   try:
@@ -278,11 +280,10 @@ class LoggerHook(tf.train.SessionRunHook):
 # through TensorFlow's file systems, so the folder may be a URL.
 
 _RUN_FILE = 'run.json'
-_SHAPING_FLAGS = ('dataset', 'model', 'image_size')
 
 
-def write_run():
-  """Writes all flags, and versions, to --train_dir."""
+def write_run(dataset):
+  """Writes all flags, the names of the classes, and versions to --train_dir."""
   by_module = FLAGS.flags_by_module_dict()
   values = {flag.name: flag.value
             for module in _modules() for flag in by_module[module]}
@@ -291,23 +292,39 @@ def write_run():
               'python': sys.version.split()[0]}
   path = os.path.join(FLAGS.train_dir, _RUN_FILE)
   with tf.io.gfile.GFile(path + '.tmp', 'w') as f:  # Nobody reads half a file.
-    json.dump({'flags': values, 'versions': versions}, f, indent=1)
+    json.dump({'flags': values, 'classes': dataset.classes,
+               'versions': versions}, f, indent=1)
   tf.io.gfile.rename(path + '.tmp', path, overwrite=True)
 
 
 def read_run(folder):
-  """Returns the flags of the run in a folder, {} if they are not known."""
+  """Returns what is known of the run in a folder: its flags, and `classes`.
+
+  Without run.json, as in folders of the original, that is {}.
+  """
+  path = os.path.join(folder, _RUN_FILE)
   try:
-    with tf.io.gfile.GFile(os.path.join(folder, _RUN_FILE)) as f:
-      return dict(json.load(f)['flags'])
-  except (tf.errors.OpError, ValueError, KeyError, TypeError):
+    with tf.io.gfile.GFile(path) as f:
+      run = json.load(f)
+    values = dict(run['flags'])
+    if 'classes' in run:
+      values['classes'] = tuple(map(str, run['classes']))
+    if not isinstance(values.get('max_steps', 0), int):
+      raise ValueError('max_steps is not a whole number')
+    return values
+  except tf.errors.NotFoundError:
     return {}
+  except (tf.errors.OpError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f'{path} cannot be used ({what_went_wrong(error)}): mend it, '
+                    'or remove it and give the flags of the run.') from error
 
 
 def check_run():
   """Raises a UserError if the run in --train_dir is not what the flags say."""
   run = read_run(FLAGS.train_dir)
-  fixed = _SHAPING_FLAGS + ('recipe',)
+  fixed = ('model', 'image_size', 'recipe')
+  if {run.get('dataset'), FLAGS.dataset} <= set(cifar10_input.DATASETS):
+    fixed += ('dataset',)  # Of folders, the classes tell.
   schedule = FLAGS.learning_rate_schedule
   if schedule != 'staircase' and run.get('learning_rate_schedule') == schedule:
     fixed += ('max_steps',)  # The learning rate would jump.
@@ -319,9 +336,17 @@ def check_run():
           f'{value}: give it that flag again, or name another --train_dir.')
 
 
-def adopt_run(folder):
-  """Makes data, network and precision of a run the defaults of flags."""
-  run, names = read_run(folder), _SHAPING_FLAGS + ('data_dir',)
+def check_classes(folder, dataset):
+  """Raises a UserError if the run in a folder knows other classes than a set."""
+  known = read_run(folder).get('classes', dataset.classes)
+  if known != tuple(dataset.classes):
+    raise UserError(f'{folder} tells {" ".join(known)} apart, but '
+                    f'--dataset={dataset.name} has {" ".join(dataset.classes)}.')
+
+
+def adopt_run(folder, names):
+  """Makes flags of a run, and its precision, defaults. Returns `read_run`."""
+  run = read_run(folder)
   if not FLAGS['use_fp16'].present and not FLAGS['use_bfloat16'].present:
     names += ('use_fp16', 'use_bfloat16')
   for name in names:
@@ -332,6 +357,7 @@ def adopt_run(folder):
         raise UserError(
             f'{folder} was trained with --{name}={run[name]}, which is not to '
             f'be had now ({error}): give --{name}.') from error
+  return run
 
 
 # What a run leaves, and what a save that was killed had not renamed yet.
