@@ -315,8 +315,8 @@ def read_run(folder):
   except tf.errors.NotFoundError:
     return {}
   except (tf.errors.OpError, ValueError, KeyError, TypeError) as error:
-    raise UserError(f'{path} cannot be used ({what_went_wrong(error)}): mend it, '
-                    'or remove it and give the flags of the run.') from error
+    raise UserError(f'{path} cannot be used ({what_went_wrong(error)}): mend '
+                    'it, or remove it and give the run\'s flags.') from error
 
 
 def check_run():
@@ -337,11 +337,12 @@ def check_run():
 
 
 def check_classes(folder, dataset):
-  """Raises a UserError if the run in a folder knows other classes than a set."""
+  """Raises a UserError if a data set has other classes than a folder's run."""
   known = read_run(folder).get('classes', dataset.classes)
   if known != tuple(dataset.classes):
-    raise UserError(f'{folder} tells {" ".join(known)} apart, but '
-                    f'--dataset={dataset.name} has {" ".join(dataset.classes)}.')
+    raise UserError(f'{folder} was trained on the classes {", ".join(known)}, '
+                    f'but --dataset={dataset.name} has '
+                    f'{", ".join(dataset.classes)}.')
 
 
 def adopt_run(folder, names):

@@ -26,8 +26,8 @@ import numpy as np
 import pytest
 
 from conftest import (
-    TINY, TWO_LABELS, contents, is_one_line, read_codes, run_queues,
-    write_coded, write_random)
+    TINY, TWO_LABELS, contents, is_one_line, newest_step, read_codes,
+    run_queues, write_coded, write_random)
 import cifar10_eval
 import cifar10_input
 import cifar10_train
@@ -376,6 +376,55 @@ def test_own_pictures_are_converted_once_trained_on_and_evaluated(
   (pictures_dir / 'test' / 'dark' / '0.picture').write_text('changed')
   dataset = cifar10_input.own_pictures(str(pictures_dir), str(data_dir))
   assert dataset.files == {'train.bin': 24, 'test.bin': 9}
+
+
+@pytest.fixture
+def pictures_run(pictures_dir, tmp_path, call_script):
+  """Flags of a run of two steps on those pictures."""
+  flags = ['--data_dir=%s' % (tmp_path / 'data'), '--batch_size=4',
+           '--train_dir=%s' % (tmp_path / 'run')]
+  assert call_script(cifar10_train, '--dataset=%s' % pictures_dir,
+                     '--max_steps=2', *flags).code == 0
+  return flags
+
+
+def test_checkpoints_alone_predict_and_export_what_they_were_trained_on(
+    pictures_dir, pictures_run, tmp_path, call_script):
+  moved = pictures_dir.rename(tmp_path / 'moved')
+  flags = ['--checkpoint_dir=%s' % (tmp_path / 'run'),
+           '--data_dir=%s' % (tmp_path / 'none')]
+  run = call_script(cifar10_eval, *flags, '--predict=%s' % (
+      moved / 'test' / 'light' / '0.picture'))
+  assert (run.code, run.stderr) == (0, '')
+  assert 'light 0.' in run.stdout and 'dark 0.' in run.stdout
+  assert call_script(cifar10_eval, *flags, '--export_dir=%s' % (
+      tmp_path / 'model')).code == 0
+  assert not (tmp_path / 'none').exists()
+
+
+def test_moved_pictures_are_evaluated_and_trained_on_where_they_are(
+    pictures_dir, pictures_run, tmp_path, call_script):
+  moved = pictures_dir.rename(tmp_path / 'moved')
+  evaluate = [cifar10_eval, '--checkpoint_dir=%s' % (tmp_path / 'run'),
+              '--eval_dir=%s' % (tmp_path / 'eval'), '--run_once']
+  assert is_one_line(call_script(*evaluate), pictures_dir, 'give --dataset')
+  run = call_script(*evaluate, '--dataset=%s' % moved)
+  assert '/10 correct at step 2\n' in run.stdout
+  run = call_script(cifar10_train, '--dataset=%s' % moved, '--max_steps=3',
+                    *pictures_run)
+  assert run.code == 0 and newest_step(tmp_path / 'run') == 3
+
+
+def test_renamed_class_is_refused_in_training_and_evaluation(
+    pictures_dir, pictures_run, tmp_path, call_script):
+  for part in ('train', 'test'):
+    (pictures_dir / part / 'dark').rename(pictures_dir / part / 'night')
+  for run in (
+      call_script(cifar10_train, '--dataset=%s' % pictures_dir,
+                  '--max_steps=3', *pictures_run),
+      call_script(cifar10_eval, '--checkpoint_dir=%s' % (tmp_path / 'run'),
+                  '--eval_dir=%s' % (tmp_path / 'eval'), '--run_once')):
+    assert is_one_line(run, 'classes dark, light', 'light, night')
 
 
 def test_folder_without_pictures_is_explained_in_one_line(tmp_path):

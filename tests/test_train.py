@@ -157,10 +157,19 @@ def test_recipe_and_run_file_say_what_the_command_line_does_not(
   assert {name: written['flags'][name] for name in recipe} == {
       **recipe, 'max_steps': 2, 'learning_rate': 0.01, 'batch_size': 8}
   assert written['versions']['tensorflow'] == tf.version.VERSION
+  assert written['classes'] == list(TINY.classes)
   variables = dict(tf.train.list_variables(
       str(tmp_path / 'run' / 'model.ckpt-2')))
   assert 'local3/weights/Momentum' in variables
   assert variables['local3/weights'] == [7 * 7 * 64, 384]  # Of 28 pixels.
+
+
+@pytest.mark.parametrize('text', [
+    '', '{"flags": {"max', '[]', '{"flags": 5}', '{"flags": {"max_steps": "x"}}'])
+def test_run_file_that_cannot_be_used_is_named(train, evaluate, run_dir, text):
+  (run_dir / 'run.json').write_text(text)
+  for run in (train('--max_steps=12'), evaluate('--run_once')):
+    assert is_one_line(run, run_dir / 'run.json')
 
 
 @pytest.mark.parametrize('flags, complaint', [
