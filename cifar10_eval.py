@@ -283,17 +283,17 @@ def predict(paths):
   checkpoint, classes = _latest_checkpoint(), _adopt_classes()
   exit_code = 0
   with tf.Graph().as_default(), tf.Session() as session:
-    contents = tf.placeholder(tf.string, [])
-    probabilities = _classify(cifar10_input.decode(contents), classes)
+    planes = tf.placeholder(tf.uint8, [1, 3, 32, 32])
+    probabilities = _classify(planes, classes)
     _restore(session, checkpoint)
     for path in paths:
       try:
-        with tf.io.gfile.GFile(path, 'rb') as f:
-          values = session.run(probabilities, {contents: f.read()})[0]
-      except tf.errors.OpError as error:
-        say(f'{path}: {what_went_wrong(error)}', sys.stderr)
+        picture = cifar10_input.read_picture(path)
+      except Exception as error:  # Pillow has one for each kind of damage.
         exit_code = 1
+        say(f'{path}: {what_went_wrong(error)}', sys.stderr)
         continue
+      values = session.run(probabilities, {planes: [picture]})[0]
       best = values.argsort()[::-1][:3]
       say(f'{path}: ' + ', '.join(
           f'{classes[i]} {values[i]:.3f}' for i in best))
@@ -377,8 +377,8 @@ def define_flags():
       'predictions_csv', None, 'A file for the key, label and prediction of '
       'each example and the probability of each class.')
   flags.DEFINE_list(
-      'predict', None, 'Say what is on these pictures instead: JPEG, PNG, GIF '
-      'or BMP files of any size.')
+      'predict', None, 'Say what is on these pictures instead: of any '
+      'size, that Pillow reads.')
   flags.DEFINE(
       folder, 'export_dir', None, 'Write the network as a SavedModel to this '
       'new folder instead, with all that it does to pictures.')

@@ -36,6 +36,8 @@ except ImportError:  # Windows has no such locks.
   fcntl = None
 
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 
 # TensorFlow prints things before it reads any log setting. They are shown with
 # TF_CPP_MIN_LOG_LEVEL=0, as is which GPUs it found.
@@ -330,21 +332,28 @@ def _write_records(path, labels, planes):
 def own_pictures(folder, data_dir):
   """Returns a `Dataset` of a reader's own pictures, as records in data_dir.
 
-  They are JPEG, PNG, GIF or BMP files of any size in folder/train/CLASS/ and
-  folder/test/CLASS/; a UserError says if there are none.
+  They are files that Pillow reads, of any size, in folder/train/CLASS/ and
+  folder/test/CLASS/; a UserError says what is missing there.
   """
-  train_dir = os.path.join(folder, 'train')
-  names = sorted(os.listdir(train_dir)) if os.path.isdir(train_dir) else []
-  classes = [name for name in names
-             if os.path.isdir(os.path.join(train_dir, name))]
+  classes = _class_folders(os.path.join(folder, 'train'))
+  tested = _class_folders(os.path.join(folder, 'test'))
   listing = [
-      (part, label, str(path), path.stat().st_size, path.stat().st_mtime)
+      (part, label, path, *_size_and_time(path))
       for part in ('train', 'test') for label, name in enumerate(classes)
-      for path in sorted(pathlib.Path(folder, part, name).rglob('[!.]*'))
-      if path.is_file()]
+      for path in _files_below(os.path.join(folder, part, name))]
   if len(classes) < 2 or {row[0] for row in listing} != {'train', 'test'}:
     raise UserError(f'--dataset={folder} needs pictures in train/CLASS/ and '
                     'test/CLASS/, of two classes or more.')
+  if len(classes) > 256:
+    raise UserError(f'--dataset={folder} has {len(classes)} classes, but the '
+                    'label of a record is one byte: at most 256.')
+  for name in set(tested) - set(classes):
+    raise UserError(f'--dataset={folder} has test/{name}, but no train/{name}.')
+  for label, name in enumerate(classes):
+    if not any(row[:2] == ('train', label) for row in listing):
+      raise UserError(f'--dataset={folder} has no files in train/{name}.')
+    if name not in tested:
+      say(f'{folder} has no test/{name}: that class is not evaluated.')
   # Another listing is another data set, and its records have another folder.
   digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
   title = os.path.basename(folder)
@@ -364,26 +373,72 @@ def own_pictures(folder, data_dir):
       eval_files={'test.bin': count('test.bin')})
 
 
+def _class_folders(folder):
+  names = os.listdir(folder) if os.path.isdir(folder) else []
+  return sorted(name for name in names if not name.startswith('.')
+                and os.path.isdir(os.path.join(folder, name)))
+
+
+def _files_below(folder):
+  """Returns the visible files below a folder, also behind links, each once."""
+  def refuse(error):
+    raise error
+
+  paths, seen = [], set()
+  if os.path.isdir(folder):
+    for root, folders, names in os.walk(folder, onerror=refuse,
+                                        followlinks=True):
+      folders[:] = [
+          name for name in sorted(folders) if not name.startswith('.')
+          and os.path.realpath(os.path.join(root, name)) not in seen]
+      seen.update(os.path.realpath(os.path.join(root, name))
+                  for name in folders)
+      paths += [os.path.join(root, name) for name in sorted(names)
+                if not name.startswith('.')]
+  return paths
+
+
+def _size_and_time(path):
+  stat = os.lstat(path) if os.path.islink(path) else os.stat(path)
+  return stat.st_size, stat.st_mtime
+
+
 def _convert_pictures(listing, dataset, downloads, folder):
   """Writes the records of picture files."""
-  records = {'train': [], 'test': []}
   say(f'Converting {len(listing)} pictures of {dataset.name}')
-  with tf.Graph().as_default(), tf.Session() as session:
-    contents = tf.placeholder(tf.string, [])
-    fitted = decode(contents)
-    for part, label, path, *_ in listing:
-      try:
-        with open(path, 'rb') as f:
-          planes, = session.run(fitted, {contents: f.read()})
-        records[part].append((label, planes))
-      except (OSError, tf.errors.OpError):
-        say(f'Skipped {path}: it is no picture.')
-  if not all(records.values()):
-    raise UserError(
-        f'--dataset={dataset.name} has no picture that can be read.')
-  for part in records:
-    labels, planes = map(np.array, zip(*records[part]))
-    _write_records(os.path.join(folder, part + '.bin'), labels, planes)
+  for part in ('train', 'test'):
+    rows = [row for row in listing if row[0] == part]
+    count = 0
+    with open(os.path.join(folder, part + '.bin'), 'wb') as f:
+      for _, label, path, *_ in rows:
+        try:
+          f.write(bytes([label]) + read_picture(path).tobytes())
+          count += 1
+        except Exception as error:  # Pillow has one for each kind of damage.
+          say(f'Skipped {path}: {what_went_wrong(error)}')
+    say(f'{count} of {len(rows)} files to {part} with are pictures.')
+    if not count:
+      raise UserError(f'--dataset={dataset.name} has no picture that can be '
+                      f'read in {part}/.')
+
+
+def read_picture(path):
+  """Returns a picture file as uint8 [3, 32, 32], whatever its size.
+
+  It is upright, as its EXIF data say, and fitted as `fit` does it. Pillow's
+  exceptions tell why that cannot be done.
+  """
+  if not os.path.isfile(path):  # A pipe would never end.
+    raise FileNotFoundError('not a file' if os.path.exists(path)
+                            else 'no such file')
+  with PIL.Image.open(path) as image:
+    upright = PIL.ImageOps.exif_transpose(image)
+    if upright.mode.startswith('I'):  # 16 bits, of which 8 are enough.
+      upright = PIL.Image.fromarray(
+          (np.asarray(upright) >> 8).astype(np.uint8))
+    fitted = PIL.ImageOps.fit(upright.convert('RGB'), (WIDTH, HEIGHT),
+                              PIL.Image.Resampling.BILINEAR)
+  return np.moveaxis(np.asarray(fitted), 2, 0)
 
 
 def decode(contents):
