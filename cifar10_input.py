@@ -384,7 +384,8 @@ def _files_below(folder):
   def refuse(error):
     raise error
 
-  paths, seen = [], set()
+  start = pathlib.Path(folder).resolve()
+  paths, seen = [], {str(start), *map(str, start.parents)}
   if os.path.isdir(folder):
     for root, folders, names in os.walk(folder, onerror=refuse,
                                         followlinks=True):

@@ -12,6 +12,7 @@ import hashlib
 import http.server
 import io
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ import types
 
 from hypothesis import given, settings, strategies
 import numpy as np
+import PIL.Image
 import pytest
 
 from conftest import (
@@ -425,6 +427,71 @@ def test_renamed_class_is_refused_in_training_and_evaluation(
       call_script(cifar10_eval, '--checkpoint_dir=%s' % (tmp_path / 'run'),
                   '--eval_dir=%s' % (tmp_path / 'eval'), '--run_once')):
     assert is_one_line(run, 'classes dark, light', 'light, night')
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_photo_stands_upright_whatever_its_orientation(tmp_path, orientation):
+  upright = PIL.Image.fromarray(
+      np.arange(32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8))
+  transposed = PIL.Image.Transpose
+  turn = [None, transposed.FLIP_LEFT_RIGHT, transposed.ROTATE_180,
+          transposed.FLIP_TOP_BOTTOM, transposed.TRANSPOSE,
+          transposed.ROTATE_90, transposed.TRANSVERSE,
+          transposed.ROTATE_270][orientation - 1]
+  stored = upright if turn is None else upright.transpose(turn)
+  exif = PIL.Image.Exif()
+  exif[0x0112] = orientation
+  stored.save(tmp_path / 'photo.png', exif=exif)
+  np.testing.assert_array_equal(
+      cifar10_input.read_picture(tmp_path / 'photo.png'),
+      np.moveaxis(np.asarray(upright), 2, 0))
+
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'P', 'RGB', 'RGBA', 'I;16'])
+def test_pictures_of_all_depths_are_what_they_look_like(tmp_path, mode):
+  grey = np.arange(32 * 32).reshape(32, 32) % 256
+  if mode == 'I;16':
+    picture = PIL.Image.fromarray((grey * 257).astype(np.uint16))
+  else:
+    picture = PIL.Image.fromarray(grey.astype(np.uint8)).convert(mode)
+  picture.save(tmp_path / 'picture.png')
+  expected = 255 * (np.asarray(picture) > 0) if mode == '1' else grey
+  for plane in cifar10_input.read_picture(tmp_path / 'picture.png'):
+    np.testing.assert_array_equal(plane, expected)
+
+
+def test_skipped_files_are_told_with_their_true_fault(
+    pictures_dir, tmp_path, capfd):
+  folder = pictures_dir / 'train' / 'dark'
+  whole = (folder / '1.picture').read_bytes()
+  (folder / 'cut.jpg').write_bytes(whole[:len(whole) // 2])
+  os.mkfifo(folder / 'pipe')
+  (folder / 'gone').symlink_to(tmp_path / 'nothing')
+  (folder / '.hidden').write_text('')
+  (folder / '.thumbnails').mkdir()
+  (folder / '.thumbnails' / 'small.picture').write_bytes(whole)
+  (folder / 'loop').symlink_to(pictures_dir)
+  (pictures_dir / 'train' / '.git').mkdir()
+  dataset = cifar10_input.own_pictures(str(pictures_dir), str(tmp_path / 'd'))
+  assert dataset.classes == ('dark', 'light')
+  output = capfd.readouterr().out
+  for name, fault in (('broken.png', 'cannot identify'), ('pipe', 'not a file'),
+                      ('cut.jpg', 'truncated'), ('gone', 'no such file')):
+    line, = re.findall(r'Skipped \S+/dark/%s: .*' % name, output)
+    assert fault in line
+  assert 'hidden' not in output and 'small' not in output
+
+
+@pytest.mark.parametrize('spoil, complaint', [
+    (lambda d: (d / 'test' / 'third').mkdir(), 'has test/third, but no'),
+    (lambda d: (d / 'train' / 'third').mkdir(), 'no files in train/third'),
+    (lambda d: [(d / 'train' / ('c%d' % i)).mkdir() for i in range(255)],
+     '257 classes')])
+def test_folders_that_would_train_something_else_are_refused(
+    pictures_dir, tmp_path, spoil, complaint):
+  spoil(pictures_dir)
+  with pytest.raises(UserError, match=complaint):
+    cifar10_input.own_pictures(str(pictures_dir), str(tmp_path / 'data'))
 
 
 def test_folder_without_pictures_is_explained_in_one_line(tmp_path):
