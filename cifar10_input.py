@@ -41,7 +41,10 @@ import PIL.ImageOps
 
 # TensorFlow prints things before it reads any log setting. They are shown with
 # TF_CPP_MIN_LOG_LEVEL=0, as is which GPUs it found.
-_stderr = os.dup(2)
+try:
+  _stderr = os.dup(2)
+except OSError:  # It is closed, and stays quiet.
+  _stderr = os.open(os.devnull, os.O_WRONLY)
 if os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2') >= '2':
   os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 try:

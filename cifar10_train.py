@@ -498,6 +498,20 @@ class FolderParser(flags.ArgumentParser):
     return os.path.abspath(os.path.expanduser(path))
 
 
+class _FiniteParser(flags.FloatParser):
+  """Refuses nan and inf, which no bound does."""
+
+  def convert(self, argument):
+    value = super().convert(argument)
+    if not math.isfinite(value):
+      raise ValueError(f'{argument} is not a finite number')
+    return value
+
+
+def _define_float(name, default, help, upper_bound=None):
+  flags.DEFINE(_FiniteParser(0.0, upper_bound), name, default, help)
+
+
 class _DatasetParser(flags.ArgumentParser):
   """Takes the name of a known data set, or the path of a folder."""
   syntactic_help = '%s, or a folder with pictures' % ', '.join(
@@ -544,10 +558,10 @@ def define_flags():
   define_data_flags()
   _define_run_flags()
   _define_recipe_flags()
-  flags.DEFINE_float(
+  _define_float(
       'min_fraction_of_examples_in_queue',
-      cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE, 'How much of an epoch '
-      'stays in the shuffle queue.', lower_bound=0.0, upper_bound=1.0)
+      cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
+      'How much of an epoch stays in the shuffle queue.', upper_bound=1.0)
   flags.DEFINE_integer(
       'seed', None, 'Draw the same initial weights in each run.', lower_bound=0,
       upper_bound=2 ** 31 - 1)
@@ -584,19 +598,16 @@ def _define_recipe_flags():
   flags.DEFINE_enum(
       'recipe', 'original', list(cifar10.RECIPES), 'Changes the defaults of '
       f'other flags: {json.dumps(cifar10.RECIPES)}')
-  flags.DEFINE_float('learning_rate', cifar10.INITIAL_LEARNING_RATE,
-                     'At the first step.', lower_bound=0.0)
+  _define_float('learning_rate', cifar10.INITIAL_LEARNING_RATE,
+                'At the first step.')
   flags.DEFINE_enum(
       'learning_rate_schedule', 'staircase', ['staircase', 'linear', 'cosine'],
       'How it falls: tenfold every 350 epochs, or to zero at --max_steps.')
-  flags.DEFINE_float('momentum', 0.0, "Nesterov's, of the gradients.",
-                     lower_bound=0.0, upper_bound=1.0)
-  flags.DEFINE_float('weight_decay', cifar10.WEIGHT_DECAY, 'Factor of the L2 '
-                     'losses of local3 and local4.', lower_bound=0.0)
-  flags.DEFINE_float(
-      'moving_average_decay', cifar10.MOVING_AVERAGE_DECAY, 'Of the averages '
-      'of the variables, which are evaluated.', lower_bound=0.0,
-      upper_bound=1.0)
+  _define_float('momentum', 0.0, "Nesterov's, of the gradients.", 1.0)
+  _define_float('weight_decay', cifar10.WEIGHT_DECAY,
+                'Factor of the L2 losses of local3 and local4.')
+  _define_float('moving_average_decay', cifar10.MOVING_AVERAGE_DECAY,
+                'Of the averages of the variables, which are evaluated.', 1.0)
 
 
 # How a script starts and ends.

@@ -379,6 +379,14 @@ def test_pipe_that_nobody_reads_does_not_end_training(command, tmp_path):
   assert newest_step(tmp_path / 'run') == 9
 
 
+def test_closed_stderr_does_not_keep_a_training_from_its_start(
+    command, tmp_path):
+  subprocess.run(
+      ['sh', '-c', '"$@" 2>&-', 'sh', sys.executable, *command,
+       '--max_steps=1'], stdout=subprocess.DEVNULL, check=True)
+  assert newest_step(tmp_path / 'run') == 1
+
+
 # Data that is not as it should be.
 
 

@@ -421,6 +421,8 @@ def test_number_has_to_be_whole_and_positive(call_script, script, name):
 @pytest.mark.parametrize('flags, parts', [
     ('--seed=x', ['seed', 'x']), ('--seed=1' + 30 * '0', ['seed']),
     ('--use_fp16=maybe', ['use_fp16', 'maybe']),
+    ('--learning_rate=nan', ['learning_rate', 'nan']),
+    ('--weight_decay=inf', ['weight_decay', 'inf']),
     ('--dataset=mnist', ['dataset', 'cifar10, cifar100, cifar100_coarse']),
     ('--data_url=ftp://x', ['data_url', 'https://']),
     ('--data_sha256=abc', ['data_sha256', '64 hexadecimal digits']),
