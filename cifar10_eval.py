@@ -14,6 +14,7 @@ from datetime import datetime
 import heapq
 import math
 import operator
+import os
 import sys
 import time
 
@@ -373,9 +374,9 @@ def define_flags():
   flags.DEFINE_boolean(
       'multiview', False, 'Average over ten views of each picture, five crops '
       'and their mirror images: better, at ten times the work.')
-  flags.DEFINE_string(
-      'predictions_csv', None, 'A file for the key, label and prediction of '
-      'each example and the probability of each class.')
+  flags.DEFINE(
+      folder, 'predictions_csv', None, 'A file, in a folder that exists, for '
+      'the key, label, prediction and probabilities of each example.')
   flags.DEFINE_list(
       'predict', None, 'Say what is on these pictures instead: of any '
       'size, that Pillow reads.')
@@ -387,7 +388,13 @@ def define_flags():
 def main(argv=None):
   if FLAGS.predict:
     return predict(FLAGS.predict + argv[1:])
-  return export(FLAGS.export_dir) if FLAGS.export_dir else evaluate()
+  if FLAGS.export_dir:
+    return export(FLAGS.export_dir)
+  csv_path = FLAGS.predictions_csv
+  if csv_path and not tf.io.gfile.exists(os.path.dirname(csv_path)):
+    raise UserError(f'--predictions_csv={csv_path} is in a folder that does not '
+                    'exist: make that first.')
+  return evaluate()
 
 
 if __name__ == '__main__':

@@ -326,6 +326,12 @@ print(*signatures['serving_default'](images=pictures)['classes'].numpy(),
 """
 
 
+def test_folder_that_is_not_there_is_told_before_the_evaluation(
+    evaluate, tmp_path):
+  path = tmp_path / 'none' / 'predictions.csv'
+  assert is_one_line(evaluate('--predictions_csv=%s' % path), path, 'make that')
+
+
 def test_prediction_and_exported_model_say_what_evaluation_says(
     evaluate, save, start_script, tmp_path, tiny_dir):
   save(1, opinionated(image_size=28), image_size=28)
