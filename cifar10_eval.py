@@ -324,8 +324,12 @@ def export(folder):
           'encoded': _signature(encoded, decoded, classes)}
     _restore(session, checkpoint)
     builder = tf.saved_model.Builder(folder)
-    builder.add_meta_graph_and_variables(session, ['serve'], signatures)
-    builder.save()
+    try:
+      builder.add_meta_graph_and_variables(session, ['serve'], signatures)
+      builder.save()
+    except tf.errors.OpError:
+      tf.io.gfile.rmtree(folder)  # Half a model would be in the way next time.
+      raise
   say(f'Exported {checkpoint} to {folder}.')
   return 0
 
@@ -392,10 +396,10 @@ def main(argv=None):
     return export(FLAGS.export_dir)
   csv_path = FLAGS.predictions_csv
   if csv_path and not tf.io.gfile.exists(os.path.dirname(csv_path)):
-    raise UserError(f'--predictions_csv={csv_path} is in a folder that does not '
-                    'exist: make that first.')
+    raise UserError(f'--predictions_csv={csv_path} is in a folder that is not '
+                    'there: make that first.')
   return evaluate()
 
 
 if __name__ == '__main__':
-  cifar10_train.run(main, define_flags)
+  cifar10_train.run_script(main, define_flags)

@@ -440,4 +440,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-  cifar10_train.run(main, define_flags)
+  cifar10_train.run_script(main, define_flags)

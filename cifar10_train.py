@@ -149,10 +149,10 @@ def run_training(build, examples, task=None):
     with tf.Graph().as_default(), tf.device(task.device):
       if FLAGS.seed is not None:  # Each worker draws images of its own.
         tf.set_random_seed(FLAGS.seed + task.worker)
-      return _train(build, dataset, examples, task, checkpoint)
+      return _build_and_run(build, dataset, examples, task, checkpoint)
 
 
-def _train(build, dataset, examples, task, checkpoint):
+def _build_and_run(build, dataset, examples, task, checkpoint):
   """Builds the graph and runs it; see `run_training`."""
   tf.summary.FileWriterCache.clear()  # A program may train more than once.
   examples_per_step = examples * task.num_workers
@@ -613,7 +613,7 @@ def _define_recipe_flags():
 # How a script starts and ends.
 
 
-def run(main, define_flags):
+def run_script(main, define_flags):
   """Parses the flags, runs a script's `main(argv)` and exits with its result.
 
   What a user can mend, and what the system refuses, is one line on stderr:
@@ -622,7 +622,7 @@ def run(main, define_flags):
   """
   handle_signals(_interrupt)
   try:
-    argv = _parse_flags(define_flags)
+    argv = parse_flags(define_flags)
     if argv[1:] and not ('predict' in FLAGS and FLAGS.predict):
       raise flags.Error(f'what is {argv[1]!r}? Flags look like --name=value')
     _leave(main(argv))
@@ -635,7 +635,7 @@ def run(main, define_flags):
     fail(128 + signum, f'stopped by {signum.name}.')
 
 
-def _parse_flags(define_flags):
+def parse_flags(define_flags):
   """Returns the arguments that are not flags. --help ends the program."""
   define_flags()
   flags.DEFINE_boolean('help', False, 'Show all flags.', short_name='h')
@@ -723,4 +723,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-  run(main, define_flags)
+  run_script(main, define_flags)

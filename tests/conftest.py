@@ -83,7 +83,7 @@ def forgotten_flags():
 def parse_flags(script, *flags):
   """Defines the flags of a script and parses some, until the test ends."""
   sys.argv = ['script.py', *flags]
-  cifar10_train._parse_flags(script.define_flags)
+  cifar10_train.parse_flags(script.define_flags)
 
 
 # Data.
@@ -197,7 +197,7 @@ def call_script(monkeypatch, capfd):
     capfd.readouterr()
     with forgotten_flags(), tf.Graph().as_default(), \
         pytest.raises(SystemExit) as exit_info:
-      cifar10_train.run(script.main, script.define_flags)
+      cifar10_train.run_script(script.main, script.define_flags)
     stdout, stderr = capfd.readouterr()
     return types.SimpleNamespace(
         code=exit_info.value.code or 0, stdout=stdout, stderr=stderr)

@@ -140,7 +140,7 @@ def fuzz_flags(chance, folder):
   sys.argv = ['script.py'] + argv
   with forgotten_flags(), contextlib.redirect_stderr(io.StringIO()) as stderr:
     try:
-      cifar10_train.run(lambda argv: 0, script.define_flags)
+      cifar10_train.run_script(lambda argv: 0, script.define_flags)
     except SystemExit as end:
       code = end.code
     for name in ('batch_size', 'max_steps', 'num_examples', 'num_gpus'):

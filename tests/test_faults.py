@@ -210,6 +210,16 @@ def small_disk(tmp_path):
   subprocess.run(['umount', '-l', str(folder)], check=True)
 
 
+def test_export_that_finds_no_room_leaves_nothing_behind(
+    call_script, small_disk, trained):
+  (small_disk / 'filler').write_bytes(bytes(15 << 20))
+  run = call_script(
+      cifar10_eval, '--checkpoint_dir=%s' % trained.train_dir,
+      '--export_dir=%s' % (small_disk / 'model'))
+  assert is_one_line(run, small_disk / 'model', 'No space left')
+  assert [path.name for path in small_disk.iterdir()] == ['filler']
+
+
 def test_full_disk_ends_the_run_and_costs_no_earlier_checkpoint(
     train, small_disk):
   run = train('--max_steps=2')
@@ -290,7 +300,7 @@ def test_system_without_what_windows_lacks_trains(
       del signal.SIGHUP, os.statvfs, os.geteuid
       sys.path.insert(0, %r)
       import cifar10_train
-      cifar10_train.run(cifar10_train.main, cifar10_train.define_flags)
+      cifar10_train.run_script(cifar10_train.main, cifar10_train.define_flags)
       ''' % str(ROOT)))
   run = finish(start_script(str(script), *command[1:], '--max_steps=2'))
   assert (run.code, run.stderr, newest_step(tmp_path / 'run')) == (0, '', 2)

@@ -165,7 +165,8 @@ def test_recipe_and_run_file_say_what_the_command_line_does_not(
 
 
 @pytest.mark.parametrize('text', [
-    '', '{"flags": {"max', '[]', '{"flags": 5}', '{"flags": {"max_steps": "x"}}'])
+    '', '{"flags": {"max', '[]', '{"flags": 5}',
+    '{"flags": {"max_steps": "x"}}'])
 def test_run_file_that_cannot_be_used_is_named(train, evaluate, run_dir, text):
   (run_dir / 'run.json').write_text(text)
   for run in (train('--max_steps=12'), evaluate('--run_once')):
