@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import cifar10_input
+import cifar10_eval
 import cifar10_train
 from conftest import (
     ROOT, TINY, contents, finish, is_one_line, newest_step, printed_steps, tf,
