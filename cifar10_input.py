@@ -626,6 +626,8 @@ def check_files(dataset, folder, files):
       flaw = _find_flaw(path, dataset)
     except OSError as error:
       raise UserError(f'{path} cannot be read: {error.strerror}.') from error
+    if flaw and None in dataset.files.values():  # A script's own data.
+      raise UserError(f'{path} {flaw}.')
     if flaw:
       raise UserError(
           f'{path} {flaw}: delete {folder} and start again to get it anew.')
