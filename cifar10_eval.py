@@ -117,10 +117,12 @@ class Evaluation:
 
 
 def _adopt_classes():
-  """Takes flags' defaults from the run, and returns its classes: no data."""
+  """Takes flags' defaults from the run, and returns its classes."""
   run = cifar10_train.adopt_run(FLAGS.checkpoint_dir, ('model', 'image_size'))
   if 'classes' in run:
     return run['classes']
+  # Without them, as in older folders, the data set tells.
+  cifar10_train.adopt_run(FLAGS.checkpoint_dir, ('dataset', 'data_dir'))
   if FLAGS.dataset in cifar10_input.DATASETS:
     return cifar10_input.DATASETS[FLAGS.dataset].classes
   return cifar10_train.prepare_dataset().classes

@@ -403,7 +403,7 @@ def _files_below(folder):
 
 
 def _size_and_time(path):
-  stat = os.lstat(path) if os.path.islink(path) else os.stat(path)
+  stat = os.stat(path) if os.path.exists(path) else os.lstat(path)
   return stat.st_size, stat.st_mtime
 
 

@@ -36,6 +36,15 @@ FLAGS(['test'])
 
 SCRIPTS = (cifar10_train, cifar10_multi_gpu_train, cifar10_eval)
 
+# The variables of the original, which sees 24 pixels of each side.
+SHAPES = {
+    'conv1/weights': [5, 5, 3, 64], 'conv1/biases': [64],
+    'conv2/weights': [5, 5, 64, 64], 'conv2/biases': [64],
+    'local3/weights': [2304, 384], 'local3/biases': [384],
+    'local4/weights': [384, 192], 'local4/biases': [192],
+    'softmax_linear/weights': [192, 10], 'softmax_linear/biases': [10],
+}
+
 # The lines that people parse, to the letter.
 STEP_LINE = re.compile(
     r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}: step (\d+), loss = (\d+\.\d\d) '

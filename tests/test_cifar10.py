@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from conftest import (
-    FLAGS, ROOT, events, finish, newest_step, parse_flags, write_random)
+    FLAGS, ROOT, SHAPES, events, finish, newest_step, parse_flags,
+    write_random)
 import tensorflow.compat.v1 as tf
 
 from benchmarks import plain
@@ -21,14 +22,6 @@ import cifar10
 import cifar10_eval
 import cifar10_train
 from cifar10_input import CIFAR10
-
-SHAPES = {
-    'conv1/weights': [5, 5, 3, 64], 'conv1/biases': [64],
-    'conv2/weights': [5, 5, 64, 64], 'conv2/biases': [64],
-    'local3/weights': [2304, 384], 'local3/biases': [384],
-    'local4/weights': [384, 192], 'local4/biases': [192],
-    'softmax_linear/weights': [192, 10], 'softmax_linear/biases': [10],
-}
 
 # Deviation of the initial weights, and the initial biases.
 INITIAL = {

@@ -16,22 +16,13 @@ import numpy as np
 import pytest
 
 from conftest import (
-    CORRECT_LINE, PRECISION_LINE, TINY, events, finish, is_one_line)
+    CORRECT_LINE, PRECISION_LINE, SHAPES, TINY, events, finish, is_one_line)
 import tensorflow.compat.v1 as tf
 
 import cifar10
 import cifar10_eval
 from cifar10_input import SYNTHETIC
 import cifar10_train
-
-# The variables of the original, which sees 24 pixels of each side.
-SHAPES = {
-    'conv1/weights': [5, 5, 3, 64], 'conv1/biases': [64],
-    'conv2/weights': [5, 5, 64, 64], 'conv2/biases': [64],
-    'local3/weights': [2304, 384], 'local3/biases': [384],
-    'local4/weights': [384, 192], 'local4/biases': [192],
-    'softmax_linear/weights': [192, 10], 'softmax_linear/biases': [10],
-}
 
 # The corner of each crop, and -1 to mirror it. The first is the central one.
 VIEWS = [(top, left, step) for step in (1, -1) for top, left in (

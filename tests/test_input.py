@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import json
 import os
 import re
 import shutil
@@ -404,6 +405,20 @@ def test_checkpoints_alone_predict_and_export_what_they_were_trained_on(
   assert call_script(cifar10_eval, *flags, '--export_dir=%s' % (
       tmp_path / 'model')).code == 0
   assert not (tmp_path / 'none').exists()
+
+
+def test_run_file_without_classes_names_those_of_its_data_set(
+    train, call_script, pictures_dir, tmp_path):
+  assert train('--max_steps=1').code == 0
+  path = tmp_path / 'run' / 'run.json'
+  written = json.loads(path.read_text())
+  assert written.pop('classes') == list(TINY.classes)
+  path.write_text(json.dumps(written))
+  run = call_script(
+      cifar10_eval, '--checkpoint_dir=%s' % (tmp_path / 'run'),
+      '--predict=%s' % (pictures_dir / 'test' / 'light' / '0.picture'))
+  assert run.code == 0
+  assert {word for word in run.stdout.split() if word in TINY.classes}
 
 
 def test_moved_pictures_are_evaluated_and_trained_on_where_they_are(
