@@ -313,17 +313,17 @@ class Tasks:
 def test_cluster_outlives_worker_and_chief_and_ends_together(
     start_script, synthetic_dir, tmp_path):
   cluster = Tasks(start_script, tmp_path, '--data_dir=%s' % synthetic_dir,
-                  '--max_steps=50')
+                  '--max_steps=120')
   cluster.start('ps', 'chief', 'worker')
   cluster.reach(5, 'worker')
   cluster.end('worker', signal.SIGKILL)
   cluster.start('worker')
   cluster.reach(10, 'worker')
   assert cluster.end('chief', signal.SIGTERM) == 143
-  assert 10 < newest_step(tmp_path) < 50
+  assert 10 < newest_step(tmp_path) < 120
   cluster.start('chief')
   assert set(cluster.codes().values()) == {0}
-  assert newest_step(tmp_path) == 50
+  assert newest_step(tmp_path) == 120
 
 
 def test_asynchronous_chief_waits_for_no_worker_but_needs_its_server(
