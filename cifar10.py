@@ -9,7 +9,7 @@ These verbs build a graph. cifar10_train.py and its siblings run it, or a script
 of your own does.
 """
 import dataclasses
-import os
+import sys
 
 import numpy as np
 
@@ -23,13 +23,21 @@ from cifar10_input import (
 
 FLAGS = tf.flags.FLAGS
 
-tf.flags.DEFINE_integer('batch_size', 128, 'Images a batch.', lower_bound=1,
-                        upper_bound=1000000)
-tf.flags.DEFINE_string(
-    'data_dir', '/tmp/cifar10_data', 'Local folder of the data sets.')
-tf.flags.DEFINE_boolean(
-    'use_fp16', False, 'Compute activations in float16, on GPUs; variables and '
-    'losses stay in float32.')
+
+def define_flags():
+  """Defines the flags that this module reads."""
+  tf.flags.DEFINE_integer('batch_size', 128, 'Images a batch.', lower_bound=1,
+                          upper_bound=1000000)
+  tf.flags.DEFINE_string(
+      'data_dir', '/tmp/cifar10_data', 'Local folder of the data sets.')
+  tf.flags.DEFINE_boolean(
+      'use_fp16', False, 'Compute activations in float16, on GPUs; variables '
+      'and losses stay in float32.')
+
+
+if 'kernel_launcher' in sys.argv[0]:
+  del sys.argv[1:]  # A notebook: these are for its kernel, not for us.
+define_flags()
 
 # How the original trains. A script may set these before it builds a graph.
 INITIAL_LEARNING_RATE = 0.1       # The largest round number that works.
@@ -144,7 +152,7 @@ def _described_dataset():
 
 def data_folder(dataset):
   """Returns where the files of a data set lie."""
-  return os.path.join(os.path.expanduser(FLAGS.data_dir), dataset.folder)
+  return cifar10_input.data_folder(dataset, FLAGS.data_dir)
 
 
 # The network.

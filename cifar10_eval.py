@@ -12,6 +12,7 @@ CUDA_VISIBLE_DEVICES= puts the evaluation on the CPU.
 import csv
 from datetime import datetime
 import heapq
+import itertools
 import math
 import operator
 import os
@@ -37,7 +38,9 @@ def evaluate():
   """Evaluates checkpoints as they come. Returns the exit code."""
   evaluation = None
   for checkpoint in _checkpoints():
-    if evaluation is None:  # Only now is there a run to take flags from.
+    # Only now is there a run to take flags from; another may overwrite it.
+    run = cifar10_train.read_run(FLAGS.checkpoint_dir)
+    if evaluation is None or evaluation.run != run:
       evaluation = Evaluation()
     try:
       eval_once(checkpoint, evaluation)
@@ -56,20 +59,22 @@ def _checkpoints():
   if not FLAGS.run_once and not cifar10_train.checkpoints(folder):
     say(f'Waiting for a checkpoint in {folder}.')
   listed = evaluated = None
-  next_time = 0
+  next_time = -math.inf
+  is_one = folder != cifar10_train.run_folder(folder)
   while True:
     steps = cifar10_train.checkpoints(folder)
     last_step = cifar10_train.read_run(folder).get('max_steps', math.inf)
-    is_complete = FLAGS.run_once or max(steps, default=0) >= last_step
+    is_complete = (
+        FLAGS.run_once or is_one or max(steps, default=0) >= last_step)
     if is_complete and steps == listed:
       return
-    if steps != listed and (is_complete or time.time() >= next_time):
+    if steps != listed and (is_complete or time.monotonic() >= next_time):
       listed = steps
       checkpoint = (_latest_checkpoint() if is_complete
                     else cifar10_train.latest_checkpoint(folder))
       if checkpoint not in (None, evaluated):
         evaluated = checkpoint
-        next_time = time.time() + FLAGS.eval_interval_secs
+        next_time = time.monotonic() + FLAGS.eval_interval_secs
         yield checkpoint
     else:
       time.sleep(1)
@@ -86,6 +91,7 @@ def _latest_checkpoint():
 class Evaluation:
   """The graph that evaluates the run in --checkpoint_dir.
 
+  run: dict, what `cifar10_train.read_run` knows of it.
   graph: `tf.Graph`.
   dataset: `cifar10_input.Dataset`.
   files: dict, number of examples in each file, in the order of reading.
@@ -96,7 +102,7 @@ class Evaluation:
   """
 
   def __init__(self):
-    cifar10_train.adopt_run(
+    self.run = cifar10_train.adopt_run(
         FLAGS.checkpoint_dir, ('dataset', 'data_dir', 'model', 'image_size'))
     self.dataset = cifar10_train.prepare_dataset()
     cifar10_train.check_classes(FLAGS.checkpoint_dir, self.dataset)
@@ -166,8 +172,7 @@ def eval_once(checkpoint, evaluation):
   folder = cifar10.data_folder(dataset)
   cifar10_input.check_files(dataset, folder, files)
   cifar10_train.check_checkpoint(checkpoint, evaluation.variables)
-  # Read first: a trainer may remove the checkpoint before we are through.
-  step = cifar10_train.read_step(checkpoint)
+  step = cifar10_train.step_of(checkpoint)
   num_examples = min(FLAGS.num_examples, sum(files.values()))
   outcome = Outcome(len(dataset.classes))
   with evaluation.graph.as_default(), tf.train.MonitoredSession(
@@ -248,12 +253,15 @@ class Outcome:
   def write_csv(self, path, files, classes):
     """Writes a line for each example: FILE:RECORD, classes, probabilities."""
     keys = ('%s:%d' % (name, i) for name, n in files.items() for i in range(n))
-    with tf.io.gfile.GFile(path, 'w') as f:
+
+    def write(f):
       writer = csv.writer(f)
       writer.writerow(['key', 'label', 'prediction', *classes])
       for key, (label, prediction, probabilities) in zip(keys, self._answers):
         writer.writerow([key, classes[label], classes[prediction],
                          *('%.6f' % p for p in probabilities)])
+
+    cifar10_input.write_file(path, write)
 
   def add_pictures(self, summary, classes):
     """Adds the confusion matrix and the surest mistakes to a summary."""
@@ -282,14 +290,17 @@ def _add_image(summary, tag, image):
 
 
 def predict(paths):
-  """Prints the likeliest classes of picture files. Returns the exit code."""
+  """Prints the likeliest classes of pictures. Returns the exit code.
+
+  The paths are those of picture files, or of folders with such files.
+  """
   checkpoint, classes = _latest_checkpoint(), _adopt_classes()
   exit_code = 0
   with tf.Graph().as_default(), tf.Session() as session:
     planes = tf.placeholder(tf.uint8, [1, 3, 32, 32])
     probabilities = _classify(planes, classes)
     _restore(session, checkpoint)
-    for path in paths:
+    for path in itertools.chain(*map(cifar10_input.files_at, paths)):
       try:
         picture = cifar10_input.read_picture(path)
       except Exception as error:  # Pillow has one for each kind of damage.
@@ -362,19 +373,20 @@ def define_flags():
   cifar10_train.define_data_flags()
   folder = cifar10_train.FolderParser()
   flags.DEFINE(folder, 'checkpoint_dir', '/tmp/cifar10_train',
-               'Where the checkpoints are.')
+               'Where the checkpoints are, or one of them.')
   flags.DEFINE(folder, 'eval_dir', '/tmp/cifar10_eval',
                'Where event files are written.')
   flags.DEFINE_enum(
       'eval_data', 'test', ['test', 'train_eval'],
       'Which examples to evaluate on: those kept for it, or those of training.')
-  flags.DEFINE_integer('num_examples', 10000, 'How many examples to evaluate '
-                       'on, or all if there are fewer.', lower_bound=1)
+  flags.DEFINE(
+      cifar10_train.count_parser(), 'num_examples', 10000,
+      'How many examples to evaluate on, or all if there are fewer.')
   flags.DEFINE_boolean(
       'run_once', False, 'Evaluate the latest checkpoint and end.')
-  flags.DEFINE_integer(
-      'eval_interval_secs', 300, 'Seconds from the start of one evaluation to '
-      'that of the next, at least.', lower_bound=0, upper_bound=10 ** 9)
+  flags.DEFINE(
+      cifar10_train.count_parser(0), 'eval_interval_secs', 300,
+      'Seconds from the start of one evaluation to that of the next, at least.')
   flags.DEFINE_boolean('use_moving_average', True, 'Evaluate the moving '
                        'averages of the variables, not the variables.')
   flags.DEFINE_boolean(
@@ -383,9 +395,9 @@ def define_flags():
   flags.DEFINE(
       folder, 'predictions_csv', None, 'A file, in a folder that exists, for '
       'the key, label, prediction and probabilities of each example.')
-  flags.DEFINE_list(
-      'predict', None, 'Say what is on these pictures instead: of any '
-      'size, that Pillow reads.')
+  flags.DEFINE_multi_string(
+      'predict', None, 'Say what is on these pictures instead: of any size, '
+      'that Pillow reads; or on those in a folder.')
   flags.DEFINE(
       folder, 'export_dir', None, 'Write the network as a SavedModel to this '
       'new folder instead, with all that it does to pictures.')

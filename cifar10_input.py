@@ -17,15 +17,19 @@ import errno
 import functools
 import gzip
 import hashlib
+import importlib.util
 import json
 import logging
 import os
 import pathlib
 import re
 import shutil
+import signal
 import socket
+import stat
 import sys
 import tarfile
+import threading
 import types
 import typing
 import zlib
@@ -34,6 +38,13 @@ try:
   import fcntl
 except ImportError:  # Windows has no such locks.
   fcntl = None
+
+# What follows takes seconds, in which Ctrl-C ends a script without a traceback.
+# It does not end a notebook.
+_is_script = (hasattr(sys.modules['__main__'], '__file__')
+              and threading.current_thread() is threading.main_thread())
+if _is_script:
+  _sigint = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import PIL.Image
@@ -53,6 +64,8 @@ try:
 finally:
   os.dup2(_stderr, 2)
   os.close(_stderr)
+  if _is_script:
+    signal.signal(signal.SIGINT, _sigint)
 
 # Graphs, queues and sessions are what this suite teaches, so nobody needs to
 # read that TensorFlow calls them deprecated. Its step counter may read the step
@@ -97,8 +110,14 @@ class UserError(ValueError):
 
 
 def say(text, file=None):
-  """Prints a line. A console that was closed does not end the program."""
+  """Prints a line, as far as the console goes: it may be ASCII, or closed.
+
+  A line stays one line, whatever is in the names that it tells.
+  """
   file = file or sys.stdout
+  encoding = file.encoding or 'utf-8'
+  text = re.sub(r'[\x00-\x1f\x7f]', ' ', text)
+  text = text.encode(encoding, 'backslashreplace').decode(encoding)
   try:
     print(text, file=file, flush=True)
   except OSError as error:
@@ -126,7 +145,9 @@ class Dataset:
   examples_per_epoch: int = 0  # Of training; 0 for all that train_files have.
   downloads: dict = dataclasses.field(default_factory=dict)  # SHA-256 by URL.
   make: object = None  # Function of the data set, its downloads and a folder
-                       # that writes the files there.
+                       # that writes the files there. A reader's own files have
+                       # none.
+  needs: str = ''      # The package that it takes to make them.
 
   @property
   def record_bytes(self):
@@ -162,7 +183,7 @@ def maybe_download_and_extract(dataset, data_dir, url=None, sha256=None):
   if '://' in data_dir:
     raise UserError(f'--data_dir={data_dir} is a URL: name a local folder.')
   data_dir = os.path.expanduser(data_dir)
-  folder = os.path.join(data_dir, dataset.folder)
+  folder = data_folder(dataset, data_dir)
 
   def is_there():  # `check_files` tells whether it is whole.
     return all(os.path.exists(os.path.join(folder, name))
@@ -177,6 +198,20 @@ def maybe_download_and_extract(dataset, data_dir, url=None, sha256=None):
         raise UserError(f'--data_dir={data_dir} cannot hold the data set: '
                         f'{error}') from error
   return folder
+
+
+def data_folder(dataset, data_dir):
+  """Returns the folder of a data set's files, which need not be there yet.
+
+  It is below `data_dir`, unless that is itself the folder that has them all.
+  """
+  data_dir = os.path.expanduser(data_dir)
+  paths = {name: os.path.join(data_dir, name) for name in dataset.files}
+  if all(os.path.isfile(path) and dataset.files[name]
+         and os.path.getsize(path) == dataset.size_bytes(name)
+         for name, path in paths.items()):
+    return data_dir
+  return os.path.join(data_dir, dataset.folder)
 
 
 @contextlib.contextmanager
@@ -194,7 +229,7 @@ def locked(folder, flag, wait=False):
     tf.io.gfile.makedirs(folder)
     lock = contextlib.nullcontext()
     if fcntl and '://' not in folder:
-      lock = open(path, 'a+')
+      lock = open(path, 'a+', opener=_open_no_link)
   except (OSError, tf.errors.OpError) as error:
     raise UserError(f'{flag} cannot be written to: '
                     f'{what_went_wrong(error)}') from error
@@ -202,6 +237,10 @@ def locked(folder, flag, wait=False):
     if file:
       _lock(file, flag, wait)
     yield
+
+
+def _open_no_link(path, flags):
+  return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _lock(file, flag, wait):
@@ -225,6 +264,26 @@ def _lock(file, flag, wait):
     print(os.getpid(), file=file, end='', flush=True)
 
 
+def write_file(path, write):
+  """Writes a text file, whole or not at all: `write` gets it open.
+
+  It takes its name when it is complete. A UserError names a path that is in the
+  way of that: a link, which may lead out of the folder, or no file.
+  """
+  if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+    raise UserError(f'{path} is no regular file: remove it, or name another.')
+  unfinished = path + '.tmp'
+  try:
+    with contextlib.suppress(tf.errors.NotFoundError):
+      tf.io.gfile.remove(unfinished)
+    with tf.io.gfile.GFile(unfinished, 'w') as f:
+      write(f)
+    tf.io.gfile.rename(unfinished, path, overwrite=True)
+  except tf.errors.OpError as error:
+    raise UserError(f'{path} cannot be written: '
+                    f'{what_went_wrong(error)}') from error
+
+
 def what_went_wrong(error):
   """Returns what an error says in one line, without TensorFlow's stack."""
   message = getattr(error, 'message', None) or str(error) or repr(error)
@@ -234,15 +293,24 @@ def what_went_wrong(error):
 
 def _get(dataset, folder, url, sha256):
   """Downloads, converts or generates a data set's files."""
+  if dataset.needs and not importlib.util.find_spec(dataset.needs):
+    raise UserError(f'--dataset={dataset.name} needs {dataset.needs} to read '
+                    f'its files: pip install {dataset.needs}.')
+  if len(dataset.downloads) > 1 and sha256:
+    raise UserError(f'--data_sha256 is of one file, but {dataset.name} has '
+                    f'{len(dataset.downloads)}: it cannot be given.')
   # They move to their folder when all of them are whole, not before.
   partial = folder + '.partial'
   shutil.rmtree(partial, ignore_errors=True)
   os.makedirs(partial)
   try:
-    downloads = [
-        _download(os.path.basename(published), url or published,
-                  (sha256 or published_sha256).lower(), partial)
-        for published, published_sha256 in dataset.downloads.items()]
+    downloads = []
+    for source, published_sha256 in dataset.downloads.items():
+      name = os.path.basename(source)
+      if url:  # The file itself or, where there are several, their folder.
+        source = f'{url}/{name}' if len(dataset.downloads) > 1 else url
+      downloads.append(_download(
+          name, source, (sha256 or published_sha256).lower(), partial))
     dataset.make(dataset, downloads, partial)
     os.makedirs(folder, exist_ok=True)
     for name in set(os.listdir(partial)) - set(os.listdir(folder)):
@@ -307,11 +375,7 @@ def _extract(dataset, archives, destination):
 
 def _convert_svhn(dataset, downloads, folder):
   """Writes the records of SVHN's MATLAB files."""
-  try:
-    import scipy.io
-  except ImportError:
-    raise UserError('--dataset=svhn needs scipy to read its files: pip install '
-                    'scipy.') from None
+  import scipy.io
   for path, name in zip(downloads, dataset.files):
     say(f'Converting {path}')
     try:
@@ -332,18 +396,55 @@ def _write_records(path, labels, planes):
         planes.reshape(len(planes), -1).astype(np.uint8)].tofile(path)
 
 
-def own_pictures(folder, data_dir):
-  """Returns a `Dataset` of a reader's own pictures, as records in data_dir.
+def own_dataset(folder, data_dir):
+  """Returns the `Dataset` of a reader's own folder.
 
-  They are files that Pillow reads, of any size, in folder/train/CLASS/ and
-  folder/test/CLASS/; a UserError says what is missing there.
+  It has records, as CIFAR-10 does: files *.bin, of which those whose names
+  begin with `test` are to evaluate on, and batches.meta.txt, which has the name
+  of a class in each line. Or it has pictures, which become such records in
+  `data_dir`: files that Pillow reads, of any size, in folder/train/CLASS/ and
+  folder/test/CLASS/. A UserError says what is missing there.
   """
+  names = sorted(path.name for path in pathlib.Path(folder).glob('[!.]*.bin'))
+  if not names:
+    return _own_pictures(folder, data_dir)
+  tests = [name for name in names if name.startswith('test')]
+  path, classes = os.path.join(folder, 'batches.meta.txt'), ()
+  if os.path.isfile(path):
+    with open(path, encoding='utf-8', errors='backslashreplace') as f:
+      classes = tuple(filter(None, map(str.strip, f)))
+  if len(classes) < 2 or not tests or tests == names:
+    raise UserError(f'--dataset={folder} needs files *.bin to train on, others '
+                    'named test*.bin, and the names of two classes or more in '
+                    'batches.meta.txt, each in a line of its own.')
+  return _counted(Dataset(
+      name=folder, title=os.path.basename(folder), folder=folder,
+      train_files={name: None for name in names if name not in tests},
+      eval_files=dict.fromkeys(tests), classes=classes), folder)
+
+
+def _counted(dataset, folder):
+  """Returns a data set with the numbers of records that its files have now."""
+  check_files(dataset, folder, dataset.files)
+
+  def count(name):
+    size_bytes = os.path.getsize(os.path.join(folder, name))
+    return size_bytes // dataset.record_bytes
+
+  return dataclasses.replace(
+      dataset,
+      train_files={name: count(name) for name in dataset.train_files},
+      eval_files={name: count(name) for name in dataset.eval_files})
+
+
+def _own_pictures(folder, data_dir):
   classes = _class_folders(os.path.join(folder, 'train'))
   tested = _class_folders(os.path.join(folder, 'test'))
   listing = [
       (part, label, path, *_size_and_time(path))
-      for part in ('train', 'test') for label, name in enumerate(classes)
-      for path in _files_below(os.path.join(folder, part, name))]
+      for part, names in (('train', classes), ('test', tested))
+      for label, name in enumerate(classes) if name in names
+      for path in files_at(os.path.join(folder, part, name))]
   if len(classes) < 2 or {row[0] for row in listing} != {'train', 'test'}:
     raise UserError(f'--dataset={folder} needs pictures in train/CLASS/ and '
                     'test/CLASS/, of two classes or more.')
@@ -363,48 +464,48 @@ def own_pictures(folder, data_dir):
   dataset = Dataset(
       name=folder, title=title, folder=f'{title}-{digest}',
       train_files={'train.bin': None}, eval_files={'test.bin': None},
-      classes=tuple(classes),
+      classes=tuple(map(_in_utf8, classes)),
       make=functools.partial(_convert_pictures, listing))
-  converted = maybe_download_and_extract(dataset, data_dir)
+  return _counted(dataset, maybe_download_and_extract(dataset, data_dir))
 
-  def count(name):  # Known only now, for some files were no pictures.
-    return (os.path.getsize(os.path.join(converted, name))
-            // dataset.record_bytes)
 
-  return dataclasses.replace(
-      dataset, train_files={'train.bin': count('train.bin')},
-      eval_files={'test.bin': count('test.bin')})
+def _in_utf8(name):
+  """Returns the name of a file, which may be any bytes, as one can write it."""
+  return os.fsencode(name).decode('utf-8', 'backslashreplace')
 
 
 def _class_folders(folder):
   names = os.listdir(folder) if os.path.isdir(folder) else []
-  return sorted(name for name in names if not name.startswith('.')
-                and os.path.isdir(os.path.join(folder, name)))
+  return sorted((name for name in names if not name.startswith('.')
+                 and os.path.isdir(os.path.join(folder, name))),
+                key=os.fsencode)  # The same order whatever the language.
 
 
-def _files_below(folder):
-  """Returns the visible files below a folder, also behind links, each once."""
+def files_at(path):
+  """Returns the path of a file, or those of the visible files below a folder.
+
+  Also of those behind links, but each folder once.
+  """
   def refuse(error):
     raise error
 
-  start = pathlib.Path(folder).resolve()
+  if not os.path.isdir(path):
+    return [path]
+  start = pathlib.Path(path).resolve()
   paths, seen = [], {str(start), *map(str, start.parents)}
-  if os.path.isdir(folder):
-    for root, folders, names in os.walk(folder, onerror=refuse,
-                                        followlinks=True):
-      folders[:] = [
-          name for name in sorted(folders) if not name.startswith('.')
-          and os.path.realpath(os.path.join(root, name)) not in seen]
-      seen.update(os.path.realpath(os.path.join(root, name))
-                  for name in folders)
-      paths += [os.path.join(root, name) for name in sorted(names)
-                if not name.startswith('.')]
+  for root, folders, names in os.walk(path, onerror=refuse, followlinks=True):
+    folders[:] = [
+        name for name in sorted(folders) if not name.startswith('.')
+        and os.path.realpath(os.path.join(root, name)) not in seen]
+    seen.update(os.path.realpath(os.path.join(root, name)) for name in folders)
+    paths += [os.path.join(root, name) for name in sorted(names)
+              if not name.startswith('.')]
   return paths
 
 
 def _size_and_time(path):
-  stat = os.stat(path) if os.path.exists(path) else os.lstat(path)
-  return stat.st_size, stat.st_mtime
+  status = os.stat(path) if os.path.exists(path) else os.lstat(path)
+  return status.st_size, status.st_mtime
 
 
 def _convert_pictures(listing, dataset, downloads, folder):
@@ -570,7 +671,8 @@ SVHN = Dataset(
         '435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8',
         'http://ufldl.stanford.edu/housenumbers/test_32x32.mat':
         'cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b'},
-    make=_convert_svhn)
+    make=_convert_svhn,
+    needs='scipy')
 
 SYNTHETIC = Dataset(
     name='synthetic',
@@ -626,8 +728,8 @@ def check_files(dataset, folder, files):
       flaw = _find_flaw(path, dataset)
     except OSError as error:
       raise UserError(f'{path} cannot be read: {error.strerror}.') from error
-    if flaw and None in dataset.files.values():  # A script's own data.
-      raise UserError(f'{path} {flaw}.')
+    if flaw and (not dataset.make or None in dataset.files.values()):
+      raise UserError(f'{path} {flaw}.')  # A reader's own data.
     if flaw:
       raise UserError(
           f'{path} {flaw}: delete {folder} and start again to get it anew.')

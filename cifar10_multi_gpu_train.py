@@ -427,9 +427,9 @@ class ReplicaHook(tf.train.SessionRunHook):
 def define_flags():
   """Defines the flags of training on several devices."""
   cifar10_train.define_flags()
-  flags.DEFINE_integer(
-      'num_gpus', 1, 'How many towers, each on a GPU of its own if there is '
-      'one.', lower_bound=1, upper_bound=256)
+  flags.DEFINE(
+      cifar10_train.count_parser(1, 256), 'num_gpus', 1,
+      'How many towers, each on a GPU of its own if there is one.')
   flags.DEFINE_boolean(
       'sync_replicas', True, 'In a cluster: average the gradients of all '
       'workers in each step. Otherwise each worker does steps of its own.')

@@ -19,6 +19,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 
 import numpy as np
@@ -71,7 +72,7 @@ def distorted_inputs(dataset, batch_size):
 def prepare_dataset():
   """Returns the data set that --dataset names, after a download if need be."""
   if FLAGS.dataset not in cifar10_input.DATASETS:
-    return cifar10_input.own_pictures(FLAGS.dataset, FLAGS.data_dir)
+    return cifar10_input.own_dataset(FLAGS.dataset, FLAGS.data_dir)
   dataset = cifar10_input.DATASETS[FLAGS.dataset]
   cifar10.maybe_download_and_extract(dataset, FLAGS.data_url, FLAGS.data_sha256)
   return dataset
@@ -162,17 +163,19 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
   with tf.name_scope('train/'), tf.control_dependencies([train_op]):
     steps_done = tf.identity(global_step.read_value(), name='steps_done')
   if checkpoint:
-    check_checkpoint(checkpoint, {v.op.name: v for v in tf.global_variables()})
+    check_checkpoint(checkpoint, _restored_variables())
   if task.is_chief:
     _tidy_train_dir()
     write_run(dataset)
   logger = LoggerHook(loss, steps_done, examples_per_step, FLAGS.log_frequency)
   signals = []  # Those that came.
   try:
-    with _session(checkpoint, task, logger) as session:
-      handle_signals(signals.append)  # Before, a signal ends the process.
-      while not session.should_stop() and not signals:
-        session.run(train_op)
+    with contextlib.ExitStack() as until_saved:
+      with _session(checkpoint, task, logger) as session:
+        # Before, a signal ends the process.
+        until_saved.enter_context(handling_signals(signals.append))
+        while not session.should_stop() and not signals:
+          session.run(train_op)
   except (tf.errors.OpError, ValueError) as error:
     _explain(error, dataset)
     raise
@@ -191,14 +194,14 @@ def _session(checkpoint, task, logger):
   saver = tf.train.Saver(
       max_to_keep=FLAGS.max_to_keep,
       save_relative_paths=True)  # So that --train_dir may be moved.
-  scaffold = tf.train.Scaffold(saver=saver)
+  scaffold = (_restoring_scaffold(checkpoint, saver) if checkpoint
+              else tf.train.Scaffold(saver=saver))
   task.config.allow_soft_placement = True
   task.config.log_device_placement = FLAGS.log_device_placement
   hooks = [tf.train.StopAtStepHook(last_step=FLAGS.max_steps), logger]
   if task.is_chief:
     creator = tf.train.ChiefSessionCreator(
-        scaffold, task.target, task.config,
-        checkpoint_filename_with_path=checkpoint)
+        scaffold, task.target, task.config)
     hooks += [
         tf.train.StepCounterHook(
             FLAGS.save_summary_steps, output_dir=FLAGS.train_dir),
@@ -216,6 +219,29 @@ def _session(checkpoint, task, logger):
     return tf.train.MonitoredSession(creator, [*hooks, *task.hooks])
 
 
+def _restored_variables():
+  """Returns the variables to take from a checkpoint, by their names there.
+
+  The step is not among them: the original's multi-GPU script counts in float32.
+  """
+  return {v.op.name: v for v in tf.global_variables()
+          if v is not tf.train.get_global_step()}
+
+
+def _restoring_scaffold(checkpoint, saver):
+  """Returns a `tf.train.Scaffold` that starts from a checkpoint."""
+  global_step = tf.train.get_global_step()
+  with tf.name_scope('session/'):
+    restorer = tf.train.Saver(_restored_variables(), name='restore')
+
+  def restore(scaffold, session):
+    restorer.restore(session, checkpoint)
+    # The last one: other tasks of a cluster wait until all are initialized.
+    global_step.load(step_of(checkpoint), session)
+
+  return tf.train.Scaffold(init_op=tf.no_op(), init_fn=restore, saver=saver)
+
+
 def _explain(error, dataset):
   """Raises a UserError instead, if the cause of an error is known."""
   cifar10_input.check_files(
@@ -225,12 +251,14 @@ def _explain(error, dataset):
         f'--train_dir={FLAGS.train_dir} is no folder any more.') from error
   # "Nan in summary histogram for: X", or "Infinity in Histogram for: X".
   if 'istogram for: ' in str(error):
-    raise UserError('a gradient ' + _NOT_FINITE) from error
+    raise _not_finite('a gradient') from error
 
 
-_NOT_FINITE = (
-    'is not finite: start again to go on from the last good checkpoint. If it '
-    'happens again, lower --learning_rate, or compute in float32.')
+def _not_finite(what):
+  return UserError(
+      f'{what} is not finite: lower --learning_rate (now {FLAGS.learning_rate})'
+      ', or compute in float32. Started again, the run goes on from its last '
+      'good checkpoint.')
 
 
 class LoggerHook(tf.train.SessionRunHook):
@@ -252,7 +280,7 @@ class LoggerHook(tf.train.SessionRunHook):
     self.step = self._last_line = session.run(tf.train.get_global_step())
     self._next_line = self._log_frequency * math.ceil(
         self.step / self._log_frequency)
-    self._last_time = time.time()
+    self._last_time = time.monotonic()
 
   def before_run(self, run_context):
     return tf.train.SessionRunArgs(
@@ -262,14 +290,14 @@ class LoggerHook(tf.train.SessionRunHook):
     loss_value, self.step = run_values.results
     step = self.step - 1  # People count from 0.
     if not math.isfinite(loss_value):
-      raise UserError(f'the loss at step {step} {_NOT_FINITE}')
+      raise _not_finite(f'the loss at step {step}')
     if step < self._next_line:
       return
-    secs = (time.time() - self._last_time) / max(1, self.step - self._last_line)
+    secs = (time.monotonic() - self._last_time) / max(1, self.step - self._last_line)
     say(f'{datetime.now()}: step {step}, loss = {loss_value:.2f} '
         f'({self._examples_per_step / secs:.1f} examples/sec; '
         f'{secs:.3f} sec/batch)')
-    self._last_line, self._last_time = self.step, time.time()
+    self._last_line, self._last_time = self.step, time.monotonic()
     self._next_line = (step // self._log_frequency + 1) * self._log_frequency
 
   def end(self, session):
@@ -290,11 +318,9 @@ def write_run(dataset):
   values['data_dir'] = os.path.abspath(os.path.expanduser(FLAGS.data_dir))
   versions = {'tensorflow': tf.version.VERSION, 'numpy': np.__version__,
               'python': sys.version.split()[0]}
-  path = os.path.join(FLAGS.train_dir, _RUN_FILE)
-  with tf.io.gfile.GFile(path + '.tmp', 'w') as f:  # Nobody reads half a file.
-    json.dump({'flags': values, 'classes': dataset.classes,
-               'versions': versions}, f, indent=1)
-  tf.io.gfile.rename(path + '.tmp', path, overwrite=True)
+  run = {'flags': values, 'classes': dataset.classes, 'versions': versions}
+  cifar10_input.write_file(os.path.join(FLAGS.train_dir, _RUN_FILE),
+                           lambda f: json.dump(run, f, indent=1))
 
 
 def read_run(folder):
@@ -302,8 +328,10 @@ def read_run(folder):
 
   Without run.json, as in folders of the original, that is {}.
   """
-  path = os.path.join(folder, _RUN_FILE)
+  path = os.path.join(run_folder(folder), _RUN_FILE)
   try:
+    if os.path.exists(path) and not os.path.isfile(path):
+      raise ValueError('it is no regular file')  # A pipe would never end.
     with tf.io.gfile.GFile(path) as f:
       run = json.load(f)
     values = dict(run['flags'])
@@ -322,6 +350,9 @@ def read_run(folder):
 def check_run():
   """Raises a UserError if the run in --train_dir is not what the flags say."""
   run = read_run(FLAGS.train_dir)
+  if not run:
+    say(f'{FLAGS.train_dir} has no {_RUN_FILE}: its checkpoints are taken for '
+        'those of a run with these flags.')
   fixed = ('model', 'image_size', 'recipe')
   if {run.get('dataset'), FLAGS.dataset} <= set(cifar10_input.DATASETS):
     fixed += ('dataset',)  # Of folders, the classes tell.
@@ -368,13 +399,25 @@ _FILE = re.compile(
     r'(?P<unfinished>\.(tmp[0-9a-f]*|tempstate\d+))?')
 
 
-def checkpoints(folder):
+def run_folder(path):
+  """Returns the folder of a run, of which a path may name one checkpoint."""
+  is_checkpoint = (_FILE.fullmatch(os.path.basename(path) + '.index')
+                   and tf.io.gfile.exists(path + '.index'))
+  return os.path.dirname(path) if is_checkpoint else path
+
+
+def checkpoints(path):
   """Returns the checkpoints in a folder, paths by steps, the oldest first.
+
+  If the path names one checkpoint, that is the only one.
 
   The files tell, not the file `checkpoint` that lists them: that may be lost,
   behind them, or of another run. An index comes last when TensorFlow writes a
   checkpoint, and goes first when it removes one.
   """
+  folder = run_folder(path)
+  if folder != path:
+    return {step_of(path): path}
   names = tf.io.gfile.listdir(folder) if tf.io.gfile.exists(folder) else []
   matches = filter(None, map(_FILE.fullmatch, names))
   steps = sorted(int(match['step']) for match in matches
@@ -408,10 +451,13 @@ def _find_flaw(checkpoint):
   return None
 
 
-def read_step(checkpoint):
-  """Returns the number of steps that a checkpoint was saved after."""
-  reader = tf.train.NewCheckpointReader(checkpoint)
-  return reader.get_tensor(tf.GraphKeys.GLOBAL_STEP)
+def step_of(checkpoint):
+  """Returns the number of steps that a checkpoint was saved after.
+
+  Its name tells. The variable that counts steps has other names and types in
+  older checkpoints, or is missing.
+  """
+  return int(checkpoint.rpartition('-')[2])
 
 
 def check_checkpoint(checkpoint, variables):
@@ -427,8 +473,11 @@ def check_checkpoint(checkpoint, variables):
     if there == here:
       there, here = dtypes[name].name, variable.dtype.base_dtype.name
     if there != here:
+      advice = ''
+      if there == 'missing' and name.endswith('/ExponentialMovingAverage'):
+        advice = ' --nouse_moving_average evaluates it without averages.'
       raise UserError(f'{checkpoint} does not fit the network: {name} is '
-                      f'{there} there and {here} here.')
+                      f'{there} there and {here} here.{advice}')
 
 
 def _checkpoint_to_continue():
@@ -446,7 +495,7 @@ def _checkpoint_to_continue():
 
 def _is_trained(checkpoint):
   """Says where training starts. Returns whether no step is left to do."""
-  step = read_step(checkpoint)
+  step = step_of(checkpoint)
   if step < FLAGS.max_steps:
     say(f'Continuing from {checkpoint}.')
     return False
@@ -512,6 +561,11 @@ def _define_float(name, default, help, upper_bound=None):
   flags.DEFINE(_FiniteParser(0.0, upper_bound), name, default, help)
 
 
+def count_parser(lower_bound=1, upper_bound=2 ** 31 - 1):
+  """Returns a parser of whole numbers that TensorFlow can carry."""
+  return flags.IntegerParser(lower_bound, upper_bound)
+
+
 class _DatasetParser(flags.ArgumentParser):
   """Takes the name of a known data set, or the path of a folder."""
   syntactic_help = '%s, or a folder with pictures' % ', '.join(
@@ -537,9 +591,9 @@ def define_data_flags():
   flags.DEFINE_enum(
       'model', 'default', ['default', 'local'], 'The network: with two fully '
       'connected layers, or with two locally connected ones.')
-  flags.DEFINE_integer(
-      'image_size', cifar10_input.IMAGE_SIZE, 'Pixels of each side of a '
-      'picture, of 32, that the network sees.', lower_bound=8, upper_bound=32)
+  flags.DEFINE(
+      count_parser(8, 32), 'image_size', cifar10_input.IMAGE_SIZE,
+      'Pixels of each side of a picture, of 32, that the network sees.')
   flags.DEFINE_boolean(
       'use_bfloat16', False, 'Compute activations in bfloat16, on GPUs and on '
       'CPUs with AVX512-BF16 or AMX; variables and losses stay in float32.')
@@ -562,9 +616,8 @@ def define_flags():
       'min_fraction_of_examples_in_queue',
       cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
       'How much of an epoch stays in the shuffle queue.', upper_bound=1.0)
-  flags.DEFINE_integer(
-      'seed', None, 'Draw the same initial weights in each run.', lower_bound=0,
-      upper_bound=2 ** 31 - 1)
+  flags.DEFINE(count_parser(0), 'seed', None,
+               'Draw the same initial weights in each run.')
   flags.DEFINE_boolean(
       'deterministic', False, 'With --seed, do all else the same in each run, '
       'too: it ends with the same variables, byte for byte.')
@@ -580,16 +633,16 @@ def _define_run_flags():
   flags.DEFINE_boolean(
       'overwrite', False, 'Start anew: remove the checkpoints and event files '
       'of an earlier run in --train_dir.')
-  flags.DEFINE_integer('max_steps', 100000, 'Steps to train for, those of '
-                       'earlier runs included.', lower_bound=1)
-  flags.DEFINE_integer('log_frequency', 10, 'Steps from one line on the '
-                       'console to the next.', lower_bound=1)
-  flags.DEFINE_integer('save_summary_steps', 100, 'Steps from one set of '
-                       'summaries to the next.', lower_bound=1)
-  flags.DEFINE_integer('save_checkpoint_secs', 600, 'Seconds from one '
-                       'checkpoint to the next.', lower_bound=1)
-  flags.DEFINE_integer('max_to_keep', 5, 'How many of the latest checkpoints '
-                       'are kept; 0 keeps all.', lower_bound=0)
+  flags.DEFINE(count_parser(), 'max_steps', 100000,
+               'Steps to train for, those of earlier runs included.')
+  flags.DEFINE(count_parser(), 'log_frequency', 10,
+               'Steps from one line on the console to the next.')
+  flags.DEFINE(count_parser(), 'save_summary_steps', 100,
+               'Steps from one set of summaries to the next.')
+  flags.DEFINE(count_parser(), 'save_checkpoint_secs', 600,
+               'Seconds from one checkpoint to the next.')
+  flags.DEFINE(count_parser(0), 'max_to_keep', 5,
+               'How many of the latest checkpoints are kept; 0 keeps all.')
   flags.DEFINE_boolean('log_device_placement', False,
                        'Show which device each operation is on.')
 
@@ -620,32 +673,43 @@ def run_script(main, define_flags):
   exit code 2 for flags, 1 for all else. Ctrl-C gives 130, SIGTERM 143, and a
   terminal that is closed 129.
   """
-  handle_signals(_interrupt)
-  try:
-    argv = parse_flags(define_flags)
-    if argv[1:] and not ('predict' in FLAGS and FLAGS.predict):
-      raise flags.Error(f'what is {argv[1]!r}? Flags look like --name=value')
-    _leave(main(argv))
-  except flags.Error as error:
-    fail(2, str(error).replace('\n', '; '))
-  except (UserError, OSError, tf.errors.OpError) as error:
-    fail(1, what_went_wrong(error))
-  except KeyboardInterrupt as interruption:
-    signum, = interruption.args
-    fail(128 + signum, f'stopped by {signum.name}.')
+  with handling_signals(_interrupt):
+    try:
+      argv = parse_flags(define_flags)
+      if argv[1:] and not ('predict' in FLAGS and FLAGS.predict):
+        raise flags.Error(f'what is {argv[1]!r}? Flags look like --name=value')
+      _leave(main(argv))
+    except flags.Error as error:
+      fail(2, str(error).replace('\n', '; '))
+    except (UserError, OSError, tf.errors.OpError) as error:
+      fail(1, what_went_wrong(error))
+    except KeyboardInterrupt as interruption:
+      signum, = interruption.args
+      fail(128 + signum, f'stopped by {signum.name}.')
 
 
 def parse_flags(define_flags):
   """Returns the arguments that are not flags. --help ends the program."""
+  _forget_flags()
+  others = set(FLAGS)
+  cifar10.define_flags()
   define_flags()
   flags.DEFINE_boolean('help', False, 'Show all flags.', short_name='h')
+  _defined_flags.update(set(FLAGS) - others)
   try:
+    for argument in sys.argv:
+      argument.encode()
     argv = FLAGS(sys.argv)
+  except UnicodeEncodeError as error:
+    raise flags.Error(f'{error.object} is not UTF-8, which names of folders '
+                      'have to be for TensorFlow') from error
   except ValueError as error:  # As for --norun_once=1.
     raise flags.Error(error) from error
   if FLAGS.help:
-    say(sys.modules['__main__'].__doc__)
-    say('\n'.join(map(FLAGS.module_help, _modules())))
+    help_text = '\n'.join([sys.modules['__main__'].__doc__ or '',
+                           *map(FLAGS.module_help, _modules())])
+    for line in help_text.splitlines():
+      say(line)
     _leave(0)
   if 'recipe' in FLAGS:
     for name, value in cifar10.RECIPES[FLAGS.recipe].items():
@@ -653,10 +717,28 @@ def parse_flags(define_flags):
   return argv
 
 
+_defined_flags = set()  # By a script, in this process.
+
+
+def _forget_flags():
+  """Removes the flags of a script that ran before, as it happens in notebooks.
+
+  And those of absl that do nothing in a program which absl does not start.
+  """
+  for module in ('cifar10', 'absl.app'):
+    _defined_flags.update(
+        flag.name for flag in FLAGS.get_flags_for_module(module))
+  for name in _defined_flags & set(FLAGS):
+    delattr(FLAGS, name)
+
+
 def _modules():
-  """Returns absl's names of the modules of our flags, the script's first."""
+  """Returns absl's names of the modules of our flags, the script's first.
+
+  A script may have any name, so all others are told by theirs.
+  """
   return [module for module in reversed(FLAGS.flags_by_module_dict())
-          if os.path.basename(module).startswith('cifar10')]
+          if module.split('.')[0] not in ('absl', 'tensorflow', 'keras')]
 
 
 def fail(code, message):
@@ -672,18 +754,29 @@ def _leave(code):
   sys.exit(code)
 
 
-def handle_signals(handler):
-  """Calls a handler at the first signal to end; a second ends the process."""
+@contextlib.contextmanager
+def handling_signals(handler):
+  """Calls a handler at the first signal to end; a second ends the process.
+
+  Threads other than the main one get no signals, and so have nothing to handle.
+  """
   def handle_once(signum, frame):
     signal.signal(signum, signal.SIG_DFL)
     handler(signal.Signals(signum))
 
-  signal.signal(signal.SIGINT, handle_once)
-  signal.signal(signal.SIGTERM, handle_once)
-  # Windows has no SIGHUP, and nohup ignores it with reason.
-  sighup = getattr(signal, 'SIGHUP', None)
-  if sighup and signal.getsignal(sighup) != signal.SIG_IGN:
-    signal.signal(sighup, handle_once)
+  earlier = {}
+  if threading.current_thread() is threading.main_thread():
+    signums = [signal.SIGINT, signal.SIGTERM]
+    # Windows has no SIGHUP, and nohup ignores it with reason.
+    sighup = getattr(signal, 'SIGHUP', None)
+    if sighup and signal.getsignal(sighup) != signal.SIG_IGN:
+      signums.append(sighup)
+    earlier = {s: signal.signal(s, handle_once) for s in signums}
+  try:
+    yield
+  finally:
+    for signum, its_handler in earlier.items():
+      signal.signal(signum, its_handler)
 
 
 def _interrupt(signum):

@@ -85,8 +85,8 @@ def forgotten_flags():
   finally:
     for name in set(FLAGS) - set(states):
       delattr(FLAGS, name)
-    for name, state in states.items():
-      vars(FLAGS[name]).update(state)
+    for name in set(FLAGS) & set(states):
+      vars(FLAGS[name]).update(states[name])
 
 
 def parse_flags(script, *flags):

@@ -234,7 +234,7 @@ def while_it_waits(monkeypatch, *actions):
   """Takes one action after the other in the pauses of evaluation."""
   actions = list(actions)
   monkeypatch.setattr(cifar10_eval, 'time', types.SimpleNamespace(
-      time=time.time, sleep=lambda secs: actions and actions.pop(0)()))
+      monotonic=time.monotonic, sleep=lambda secs: actions and actions.pop(0)()))
 
 
 @pytest.mark.parametrize('interval_secs, steps', [
@@ -333,7 +333,7 @@ def test_prediction_and_exported_model_say_what_evaluation_says(
   paths = [tmp_path / ('%d.png' % i) for i in range(5)]
   for path, picture in zip(paths, pictures):
     write_picture(path, picture)
-  run = evaluate('--multiview', '--predict=%s' % ','.join(map(str, paths)))
+  run = evaluate('--multiview', *('--predict=%s' % path for path in paths))
   assert [line.split(',')[0] for line in run.stdout.splitlines()] == [
       '%s: %s %.3f' % (path, row['prediction'], float(row[row['prediction']]))
       for path, row in zip(paths, rows)]

@@ -379,7 +379,7 @@ def test_own_pictures_are_converted_once_trained_on_and_evaluated(
   assert '/10 correct at step 2\n' in run.stdout
   assert '  light ' in run.stdout and 'Converting' not in run.stdout
   (pictures_dir / 'test' / 'dark' / '0.picture').write_text('changed')
-  dataset = cifar10_input.own_pictures(str(pictures_dir), str(data_dir))
+  dataset = cifar10_input.own_dataset(str(pictures_dir), str(data_dir))
   assert dataset.files == {'train.bin': 24, 'test.bin': 9}
 
 
@@ -489,7 +489,7 @@ def test_skipped_files_are_told_with_their_true_fault(
   (folder / '.thumbnails' / 'small.picture').write_bytes(whole)
   (folder / 'loop').symlink_to(pictures_dir)
   (pictures_dir / 'train' / '.git').mkdir()
-  dataset = cifar10_input.own_pictures(str(pictures_dir), str(tmp_path / 'd'))
+  dataset = cifar10_input.own_dataset(str(pictures_dir), str(tmp_path / 'd'))
   assert dataset.classes == ('dark', 'light')
   output = capfd.readouterr().out
   for name, fault in (('broken.png', 'cannot identify'), ('pipe', 'not a file'),
@@ -508,7 +508,7 @@ def test_folders_that_would_train_something_else_are_refused(
     pictures_dir, tmp_path, spoil, complaint):
   spoil(pictures_dir)
   with pytest.raises(UserError, match=complaint):
-    cifar10_input.own_pictures(str(pictures_dir), str(tmp_path / 'data'))
+    cifar10_input.own_dataset(str(pictures_dir), str(tmp_path / 'data'))
 
 
 def test_folder_without_pictures_is_explained_in_one_line(tmp_path):
@@ -521,7 +521,7 @@ def test_folder_without_pictures_is_explained_in_one_line(tmp_path):
       (tmp_path / str(i) / path).write_text('no picture')
     folder = str(tmp_path / str(i))
     with pytest.raises(UserError, match=r'^--dataset=%s .*\Z' % folder):
-      cifar10_input.own_pictures(folder, str(tmp_path / 'data'))
+      cifar10_input.own_dataset(folder, str(tmp_path / 'data'))
 
 
 # Downloads. Members of archives are named as the files that come of them.
