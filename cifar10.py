@@ -38,6 +38,7 @@ def define_flags():
 if 'kernel_launcher' in sys.argv[0]:
   del sys.argv[1:]  # A notebook: these are for its kernel, not for us.
 define_flags()
+script_flags = set()  # Those that a script has defined: it may run again.
 
 # How the original trains. A script may set these before it builds a graph.
 INITIAL_LEARNING_RATE = 0.1       # The largest round number that works.

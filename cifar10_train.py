@@ -695,7 +695,7 @@ def parse_flags(define_flags):
   cifar10.define_flags()
   define_flags()
   flags.DEFINE_boolean('help', False, 'Show all flags.', short_name='h')
-  _defined_flags.update(set(FLAGS) - others)
+  cifar10.script_flags.update(set(FLAGS) - others)
   try:
     for argument in sys.argv:
       argument.encode()
@@ -717,18 +717,14 @@ def parse_flags(define_flags):
   return argv
 
 
-_defined_flags = set()  # By a script, in this process.
-
-
 def _forget_flags():
   """Removes the flags of a script that ran before, as it happens in notebooks.
 
   And those of absl that do nothing in a program which absl does not start.
   """
-  for module in ('cifar10', 'absl.app'):
-    _defined_flags.update(
-        flag.name for flag in FLAGS.get_flags_for_module(module))
-  for name in _defined_flags & set(FLAGS):
+  names = {flag.name for module in ('cifar10', 'absl.app')
+           for flag in FLAGS.get_flags_for_module(module)}
+  for name in (names | cifar10.script_flags) & set(FLAGS):
     delattr(FLAGS, name)
 
 
