@@ -16,6 +16,7 @@ import itertools
 import math
 import operator
 import os
+import socket
 import sys
 import time
 
@@ -98,7 +99,6 @@ class Evaluation:
   fetches: images, labels, probabilities of a batch, and a summary.
   variables: dict of those to restore, by their names in a checkpoint.
   scaffold: `tf.train.Scaffold`, which restores them.
-  writer: `tf.summary.FileWriter`.
   """
 
   def __init__(self):
@@ -119,7 +119,20 @@ class Evaluation:
       self.fetches = [central, labels, probabilities, tf.summary.merge_all()]
       self.variables = _variables()
       self.scaffold = tf.train.Scaffold(saver=tf.train.Saver(self.variables))
-    self.writer = tf.summary.FileWriter(FLAGS.eval_dir, self.graph)
+    # A `tf.summary.FileWriter` would not tell that a disk is full.
+    tf.io.gfile.makedirs(FLAGS.eval_dir)
+    self._writer = tf.io.TFRecordWriter(os.path.join(
+        FLAGS.eval_dir, 'events.out.tfevents.%010d.%s.%d' % (
+            time.time(), socket.gethostname(), os.getpid())))
+    self.write_event(file_version='brain.Event:2')
+    self.write_event(graph_def=self.graph.as_graph_def(
+        add_shapes=True).SerializeToString())
+
+  def write_event(self, **event):
+    """Writes a `tf.Event` for TensorBoard."""
+    self._writer.write(
+        tf.Event(wall_time=time.time(), **event).SerializeToString())
+    self._writer.flush()
 
 
 def _adopt_classes():
@@ -195,8 +208,7 @@ def eval_once(checkpoint, evaluation):
   summary = tf.Summary.FromString(summary)
   summary.value.add(tag='Precision @ 1', simple_value=outcome.precision)
   outcome.add_pictures(summary, dataset.classes)
-  evaluation.writer.add_summary(summary, step)
-  evaluation.writer.flush()
+  evaluation.write_event(step=step, summary=summary)
   return outcome.precision
 
 

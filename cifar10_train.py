@@ -439,6 +439,10 @@ def latest_checkpoint(folder):
 def _find_flaw(checkpoint):
   """Returns why a checkpoint must not be used, or None."""
   try:
+    # The reader's own errors do not tell a file that is refused from a bad one.
+    for path in (checkpoint + '.index',
+                 *tf.io.gfile.glob(checkpoint + '.data-*')):
+      tf.io.gfile.GFile(path, 'rb').read(1)
     reader = tf.train.NewCheckpointReader(checkpoint)
     for name in reader.get_variable_to_shape_map():
       value = reader.get_tensor(name)  # Checks the CRC-32C of its bytes.

@@ -234,7 +234,8 @@ def while_it_waits(monkeypatch, *actions):
   """Takes one action after the other in the pauses of evaluation."""
   actions = list(actions)
   monkeypatch.setattr(cifar10_eval, 'time', types.SimpleNamespace(
-      monotonic=time.monotonic, sleep=lambda secs: actions and actions.pop(0)()))
+      time=time.time, monotonic=time.monotonic,
+      sleep=lambda secs: actions and actions.pop(0)()))
 
 
 @pytest.mark.parametrize('interval_secs, steps', [

@@ -356,10 +356,10 @@ def test_second_signal_ends_the_process_at_once(start_script, tmp_path):
       import sys, time
       sys.path.insert(0, %r)
       import cifar10_train
-      cifar10_train.handle_signals(lambda signum: print('first'))
-      print('ready')
-      while True:
-        time.sleep(0.05)
+      with cifar10_train.handling_signals(lambda signum: print('first')):
+        print('ready')
+        while True:
+          time.sleep(0.05)
       ''' % str(ROOT)))
   process = start_script(str(script))
   for said in ('ready', 'first'):
