@@ -357,6 +357,7 @@ def loss(logits, labels, scope=None):
       name='cross_entropy_per_example')
   tf.add_to_collection(
       'losses', tf.reduce_mean(cross_entropies, axis=0, name='cross_entropy'))
+  _precision_summary(logits, labels)
   return tf.add_n(tf.get_collection('losses', scope), name='total_loss')
 
 
@@ -436,20 +437,43 @@ def observe(losses, gradients, rate):
 
   Returns the operation that moves the averages of the losses.
   """
-  # The losses of single batches jump: their averages are for looking at. The
-  # original's checkpoints have them under this name.
-  loss_averages = tf.train.ExponentialMovingAverage(0.9, name='avg')
-  loss_averages_op = loss_averages.apply(losses)
+  move_averages = []
   for batch_loss in losses:
+    average, moved = _moving_average(batch_loss)
+    move_averages.append(average.assign(moved))
     _scalar_summary(batch_loss.op.name + ' (raw)', batch_loss)
-    _scalar_summary(batch_loss.op.name, loss_averages.average(batch_loss))
+    _scalar_summary(batch_loss.op.name, moved)
   _scalar_summary('learning_rate', rate)
   for gradient, variable in gradients:
     _histogram_summary(variable.op.name, variable)
     if gradient is not None:  # The loss need not depend on all variables.
       _histogram_summary(variable.op.name + '/gradients', gradient)
   _filter_summary()
-  return loss_averages_op
+  return tf.group(move_averages)
+
+
+def _moving_average(value):
+  """Returns the variable of a scalar's moving average, and its next value.
+
+  The losses of single batches jump: their averages are for looking at. The
+  variables have the names that they have in the original's checkpoints. An
+  `ExponentialMovingAverage` of tensors would begin at zero, not at the first.
+  """
+  with tf.name_scope(None), tf.device('/cpu:0'):
+    average = tf.Variable(0.0, trainable=False, name=value.op.name + '/avg')
+  moved = 0.9 * average + 0.1 * value
+  return average, tf.where_v2(tf.equal(average, 0.0), value, moved)
+
+
+def _precision_summary(logits, labels):
+  """How many of a batch are right; evaluation's has the same tag."""
+  tag = 'Precision @ 1'
+
+  def draw():
+    hits = tf.cast(tf.nn.in_top_k(logits, labels, 1), tf.float32)
+    return tf.raw_ops.ScalarSummary(tags=tag, values=tf.reduce_mean(hits))
+
+  _summary(tag, draw)
 
 
 def _activation_summaries(**layers):

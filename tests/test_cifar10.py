@@ -348,7 +348,8 @@ def test_displayed_are_raw_and_averaged_losses_and_the_share_of_zeros():
       session.run(train_op)
   assert len(set(raw)) == 3
   assert scalars['total_loss'] == pytest.approx(
-      0.09 * raw[0] + 0.1 * raw[1], rel=1e-5)
+      0.81 * raw[0] + 0.09 * raw[1] + 0.1 * raw[2], rel=1e-5)
+  assert 0 <= scalars['Precision @ 1'] <= 1
   for layer, values in ('conv1', pool1), ('local4', local4):
     assert 0 < scalars[layer + '/sparsity'] < 1
     assert scalars[layer + '/sparsity'] == pytest.approx((values == 0).mean())
