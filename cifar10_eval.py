@@ -12,6 +12,7 @@ CUDA_VISIBLE_DEVICES= puts the evaluation on the CPU.
 import csv
 from datetime import datetime
 import heapq
+import io
 import itertools
 import math
 import operator
@@ -21,6 +22,8 @@ import sys
 import time
 
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
 
 import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
 import tensorflow.compat.v1 as tf
@@ -120,9 +123,12 @@ class Evaluation:
       self.variables = _variables()
       self.scaffold = tf.train.Scaffold(saver=tf.train.Saver(self.variables))
     # A `tf.summary.FileWriter` would not tell that a disk is full.
-    tf.io.gfile.makedirs(FLAGS.eval_dir)
+    eval_dir = FLAGS.eval_dir or os.path.join(
+        cifar10_train.run_folder(FLAGS.checkpoint_dir),
+        cifar10_train.EVAL_FOLDER)
+    tf.io.gfile.makedirs(eval_dir)
     self._writer = tf.io.TFRecordWriter(os.path.join(
-        FLAGS.eval_dir, 'events.out.tfevents.%010d.%s.%d' % (
+        eval_dir, 'events.out.tfevents.%010d.%s.%d' % (
             time.time(), socket.gethostname(), os.getpid())))
     self.write_event(file_version='brain.Event:2')
     self.write_event(graph_def=self.graph.as_graph_def(
@@ -194,10 +200,12 @@ def eval_once(checkpoint, evaluation):
           checkpoint_filename_with_path=checkpoint)) as session:
     *batch, summary = session.run(evaluation.fetches)
     outcome.add(*(values[:num_examples] for values in batch))
+    progress = Progress(outcome.total, num_examples)
     while outcome.total < num_examples:
       batch = session.run(evaluation.fetches[:3])
       rest = num_examples - outcome.total  # The last batch may have more.
       outcome.add(*(values[:rest] for values in batch))
+      progress.show(outcome.total)
   # The input begins again when files end, also where they end too soon.
   cifar10_input.check_files(dataset, folder, files)
   say(f'{datetime.now()}: precision @ 1 = {outcome.precision:.3f}')
@@ -206,10 +214,39 @@ def eval_once(checkpoint, evaluation):
   if FLAGS.predictions_csv:
     outcome.write_csv(FLAGS.predictions_csv, files, dataset.classes)
   summary = tf.Summary.FromString(summary)
+  # Training has these tags, too, so that each is one chart.
   summary.value.add(tag='Precision @ 1', simple_value=outcome.precision)
+  summary.value.add(tag='cross_entropy', simple_value=outcome.cross_entropy)
   outcome.add_pictures(summary, dataset.classes)
   evaluation.write_event(step=step, summary=summary)
   return outcome.precision
+
+
+class Progress:
+  """Shows how far an evaluation is: a bar on a terminal, else a line at times.
+
+  Args:
+    done, total: numbers of examples, after the start and in the end.
+  """
+  _LINE_SECS = 30
+
+  def __init__(self, done, total):
+    self._first, self._total = done, total
+    self._start = self._last_line = time.monotonic()
+
+  def show(self, done):
+    now = time.monotonic()
+    secs_left = (now - self._start) * (self._total - done) / (
+        done - self._first)
+    text = '%d of %d examples, %d s left' % (done, self._total, secs_left)
+    if sys.stdout.isatty():
+      bar = '=' * (40 * done // self._total)
+      # The last one is wiped out: the result takes its place.
+      text = '' if done == self._total else '[%-40s] %s' % (bar, text)
+      print('\r\033[K' + text, end='', flush=True)
+    elif now - self._last_line > self._LINE_SECS:
+      self._last_line = now
+      say(text)
 
 
 class Outcome:
@@ -217,18 +254,23 @@ class Outcome:
 
   confusion: int64 [classes, classes], the number of examples by their true and
     their predicted class.
+  cross_entropy: float, the mean of -log of the true class's probability.
   """
 
   def __init__(self, num_classes):
     self.confusion = np.zeros([num_classes, num_classes], np.int64)
     self._answers = []
     self._mistakes = []  # The surest ones: probability, classes and image.
+    self._cross_entropies = 0.0
 
   def add(self, images, labels, probabilities):
     """Counts a batch: images, labels [n], probabilities [n, classes]."""
     predicted = probabilities.argmax(axis=1)
     np.add.at(self.confusion, (labels, predicted), 1)
     self._answers.extend(zip(labels, predicted, probabilities))
+    of_truth = probabilities[np.arange(len(labels)), labels]
+    self._cross_entropies -= np.log(
+        np.maximum(of_truth, np.finfo(np.float32).tiny)).sum()
     wrong, = np.nonzero(predicted != labels)
     self._mistakes = heapq.nlargest(
         NUM_MISTAKES, self._mistakes + [
@@ -246,6 +288,10 @@ class Outcome:
   @property
   def precision(self):
     return self.correct / self.total
+
+  @property
+  def cross_entropy(self):
+    return self._cross_entropies / self.total
 
   def print_classes(self, classes):
     """Prints recall and precision of each class, and the confusion matrix."""
@@ -277,25 +323,61 @@ class Outcome:
 
   def add_pictures(self, summary, classes):
     """Adds the confusion matrix and the surest mistakes to a summary."""
-    shares = self.confusion / np.maximum(
-        self.confusion.sum(axis=1, keepdims=True), 1)
-    cell = np.pad(np.ones([15, 15]), [[0, 1], [0, 1]])
-    picture = 255 * np.kron(shares ** 0.5, cell)  # Shows small ones.
-    _add_image(summary, 'confusion', picture[..., np.newaxis])
-    for i, (_, true, predicted, image) in enumerate(self._mistakes):
-      low, high = image.min(), image.max()
-      _add_image(
-          summary, 'surest_mistakes/%d_%s_taken_for_%s' % (
-              i, classes[true], classes[predicted]),
-          255 * (image - low) / max(high - low, 1e-9))
+    _add_image(summary, 'confusion', _draw_confusion(self.confusion, classes))
+    _add_image(summary, 'surest_mistakes',
+               _draw_mistakes(self._mistakes, classes))
 
 
 def _add_image(summary, tag, image):
-  """Adds an image [height, width, depth], 0 to 255, to a summary."""
-  with tf.Graph().as_default(), tf.Session() as session:
-    summary.MergeFromString(session.run(tf.raw_ops.ImageSummary(
-        tag=tag, tensor=tf.constant(image[np.newaxis], tf.uint8),
-        max_images=1)))
+  """Adds a picture of Pillow's to a summary."""
+  png = io.BytesIO()
+  image.save(png, 'PNG')
+  summary.value.add(tag=tag, image=tf.Summary.Image(
+      width=image.width, height=image.height, colorspace=3,
+      encoded_image_string=png.getvalue()))
+
+
+def _draw_confusion(confusion, classes):
+  """Draws a cell for each true (row) and predicted class, with their names."""
+  named = len(classes) <= 20
+  cell, margin = (22, 120) if named else (6, 0)
+  shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+  shades = np.uint8(255 * shares ** 0.5)  # The root shows small ones.
+  matrix = PIL.Image.fromarray(shades).resize(
+      [cell * len(classes)] * 2, PIL.Image.Resampling.NEAREST)
+  size = margin + matrix.width
+  picture = PIL.Image.new('RGB', [size, size])
+  picture.paste(matrix, [margin, margin])
+  if named:
+    names = PIL.Image.new('RGB', [margin, matrix.width])
+    draw = PIL.ImageDraw.Draw(names)
+    for i, name in enumerate(classes):
+      draw.text([4, cell * i + 5], _in_ascii(name)[:18])
+    picture.paste(names, [0, margin])
+    picture.paste(names.transpose(PIL.Image.Transpose.TRANSPOSE).transpose(
+        PIL.Image.Transpose.FLIP_TOP_BOTTOM), [margin, 0])
+  return picture
+
+
+def _draw_mistakes(mistakes, classes):
+  """Draws images, [height, width, depth] each, with what they were taken for."""
+  width, height, side = 150, 170, 128
+  picture = PIL.Image.new('RGB', [5 * width, 2 * height])
+  draw = PIL.ImageDraw.Draw(picture)
+  for i, (probability, true, predicted, image) in enumerate(mistakes):
+    x, y = width * (i % 5), height * (i // 5)
+    low, high = image.min(), image.max()
+    shown = PIL.Image.fromarray(
+        np.uint8(255 * (image - low) / max(high - low, 1e-9)))
+    picture.paste(shown.resize([side, side]), [x, y])
+    draw.text([x, y + side + 4], '%.22s\ntaken for %.14s %.3f' % (
+        _in_ascii(classes[true]), _in_ascii(classes[predicted]), probability))
+  return picture
+
+
+def _in_ascii(name):
+  """Returns a name in the letters that Pillow's own font has for sure."""
+  return name.encode('ascii', 'replace').decode()
 
 
 # Single pictures, and a model to serve.
@@ -331,7 +413,8 @@ def export(folder):
 
   Its signature `serving_default` takes `images`, uint8 [batch, height, width,
   3]; `encoded` takes `encoded`, the strings [batch] of picture files. Both give
-  `probabilities`, float32 [batch, classes], and `classes`, int64 [batch].
+  `probabilities`, float32 [batch, classes], `classes`, int64 [batch], and their
+  names, `labels`, strings [batch]. TensorFlow Lite converts the first one.
   """
   checkpoint, classes = _latest_checkpoint(), _adopt_classes()
   if tf.io.gfile.exists(folder):
@@ -368,10 +451,11 @@ def _classify(planes, classes):
 def _signature(input_, planes, classes):
   planes.set_shape([None, 3, 32, 32])
   probabilities = _classify(planes, classes)
+  likeliest = tf.argmax(probabilities, axis=1)
   return tf.saved_model.predict_signature_def(
       {input_.op.name: input_},
-      {'probabilities': probabilities,
-       'classes': tf.argmax(probabilities, axis=1)})
+      {'probabilities': probabilities, 'classes': likeliest,
+       'labels': tf.gather(tf.constant(classes), likeliest)})
 
 
 def _restore(session, checkpoint):
@@ -386,8 +470,8 @@ def define_flags():
   folder = cifar10_train.FolderParser()
   flags.DEFINE(folder, 'checkpoint_dir', '/tmp/cifar10_train',
                'Where the checkpoints are, or one of them.')
-  flags.DEFINE(folder, 'eval_dir', '/tmp/cifar10_eval',
-               'Where event files are written.')
+  flags.DEFINE(folder, 'eval_dir', None, 'Where event files are written, if '
+               'not in %s below the run.' % cifar10_train.EVAL_FOLDER)
   flags.DEFINE_enum(
       'eval_data', 'test', ['test', 'train_eval'],
       'Which examples to evaluate on: those kept for it, or those of training.')

@@ -556,16 +556,27 @@ def fit(images):
   """Scales pictures until they cover 32x32 pixels, and cuts off the rest.
 
   Takes [batch, height, width, 3], 0 to 255, of any type; returns whole numbers,
-  float32 [batch, 3, 32, 32]. Pictures of 32x32 pixels are unchanged.
+  float32 [batch, 3, 32, 32]. Pictures of 32x32 pixels are unchanged. It is
+  `tf.raw_ops.ScaleAndTranslate` with a triangle for kernel and antialiasing, in
+  operations that TensorFlow Lite has: a matrix product for each direction.
   """
-  size = tf.constant([HEIGHT, WIDTH], tf.float32)
   shape = tf.cast(tf.shape(images)[1:3], tf.float32)
-  scale = tf.reduce_max(size / shape)
-  fitted = tf.raw_ops.ScaleAndTranslate(
-      images=tf.cast(images, tf.float32), size=[HEIGHT, WIDTH],
-      scale=[scale, scale], translation=(size - scale * shape) / 2,
-      kernel_type='triangle', antialias=True)
-  return tf.transpose(tf.round(tf.clip_by_value(fitted, 0, 255)), [0, 3, 1, 2])
+  scale = tf.reduce_max([HEIGHT, WIDTH] / shape)
+  rows = _resampling(shape[0], HEIGHT, scale)
+  columns = _resampling(shape[1], WIDTH, scale)
+  planes = tf.transpose(tf.cast(images, tf.float32), [0, 3, 1, 2])
+  fitted = tf.matmul(tf.matmul(rows, planes), columns, transpose_b=True)
+  return tf.round(tf.clip_by_value(fitted, 0, 255))
+
+
+def _resampling(size, new_size, scale):
+  """Returns the share of each old pixel in each new one, [new_size, size]."""
+  old = tf.range(size) + 0.5
+  new = tf.range(new_size, dtype=tf.float32) + 0.5
+  centres = (new - new_size / 2) / scale + size / 2  # Among the old pixels.
+  distances = tf.abs(centres[:, tf.newaxis] - old)
+  shares = tf.nn.relu(1 - distances * tf.minimum(scale, 1))
+  return shares / tf.reduce_sum(shares, axis=1, keepdims=True)
 
 
 def _write_synthetic(dataset, downloads, folder):

@@ -12,7 +12,7 @@ While it trains, cifar10_eval.py tells how well the network does, and
 """
 import contextlib
 import dataclasses
-from datetime import datetime
+from datetime import datetime, timedelta
 import json
 import math
 import os
@@ -26,6 +26,8 @@ import numpy as np
 
 import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
 import tensorflow.compat.v1 as tf
+from tensorboard.plugins.hparams import api as hparams
+from tensorboard.plugins.text import summary_v2 as text
 
 import cifar10
 from cifar10_input import UserError, say, what_went_wrong
@@ -167,8 +169,9 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
   if task.is_chief:
     _tidy_train_dir()
     write_run(dataset)
-  logger = LoggerHook(loss, steps_done, examples_per_step, FLAGS.log_frequency)
-  signals = []  # Those that came.
+    _show_run(step_of(checkpoint) if checkpoint else 0)
+  logger = LoggerHook(loss, steps_done, examples_per_step)
+  signals, start_time = [], time.monotonic()  # The signals that came.
   try:
     with contextlib.ExitStack() as until_saved:
       with _session(checkpoint, task, logger) as session:
@@ -186,6 +189,11 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
   if logger.step < FLAGS.max_steps:
     raise UserError(f'the input ended at step {logger.step}: has a file of the '
                     'data set changed?')
+  if task.is_chief:
+    secs = round(time.monotonic() - start_time)
+    say(f'Trained up to step {logger.step} in {timedelta(seconds=secs)}. To '
+        'evaluate it: python cifar10_eval.py --run_once --checkpoint_dir='
+        f'{FLAGS.train_dir}')
   return 0
 
 
@@ -261,26 +269,30 @@ def _not_finite(what):
       'good checkpoint.')
 
 
+_ESTIMATE_SECS = 300  # From one estimate of the time that is left to the next.
+
+
 class LoggerHook(tf.train.SessionRunHook):
-  """Prints loss and speed now and then, and refuses a loss that is not finite.
+  """Prints loss and speed every --log_frequency steps, and the time left.
+
+  It refuses a loss that is not finite.
 
   Args:
     loss: scalar float32.
     steps_done: scalar int64, the global step after the step.
     examples_per_step: int.
-    log_frequency: int, steps from one line to the next.
   """
 
-  def __init__(self, loss, steps_done, examples_per_step, log_frequency):
+  def __init__(self, loss, steps_done, examples_per_step):
     self._fetches = [loss, steps_done]
     self._examples_per_step = examples_per_step
-    self._log_frequency = log_frequency
 
   def after_create_session(self, session, coord):
     self.step = self._last_line = session.run(tf.train.get_global_step())
-    self._next_line = self._log_frequency * math.ceil(
-        self.step / self._log_frequency)
+    self._next_line = FLAGS.log_frequency * math.ceil(
+        self.step / FLAGS.log_frequency)
     self._last_time = time.monotonic()
+    self._next_estimate = None  # The first line's speed is that of the start.
 
   def before_run(self, run_context):
     return tf.train.SessionRunArgs(
@@ -298,7 +310,17 @@ class LoggerHook(tf.train.SessionRunHook):
         f'({self._examples_per_step / secs:.1f} examples/sec; '
         f'{secs:.3f} sec/batch)')
     self._last_line, self._last_time = self.step, time.monotonic()
-    self._next_line = (step // self._log_frequency + 1) * self._log_frequency
+    self._next_line = (step // FLAGS.log_frequency + 1) * FLAGS.log_frequency
+    self._tell_time_left(secs)
+
+  def _tell_time_left(self, secs_per_step):
+    steps_left = FLAGS.max_steps - self.step
+    secs_left = round(steps_left * secs_per_step)
+    if self._next_estimate is None:
+      self._next_estimate = self._last_time
+    elif self._last_time >= self._next_estimate and secs_left > 60:
+      say(f'{steps_left} steps left, about {timedelta(seconds=secs_left)}.')
+      self._next_estimate = self._last_time + _ESTIMATE_SECS
 
   def end(self, session):
     self.step = session.run(tf.train.get_global_step())
@@ -308,19 +330,37 @@ class LoggerHook(tf.train.SessionRunHook):
 # through TensorFlow's file systems, so the folder may be a URL.
 
 _RUN_FILE = 'run.json'
+_VERSIONS = {'tensorflow': tf.version.VERSION, 'numpy': np.__version__,
+             'python': sys.version.split()[0]}
 
 
 def write_run(dataset):
   """Writes all flags, the names of the classes, and versions to --train_dir."""
-  by_module = FLAGS.flags_by_module_dict()
-  values = {flag.name: flag.value
-            for module in _modules() for flag in by_module[module]}
+  values = {flag.name: flag.value for flag in _script_flags()}
   values['data_dir'] = os.path.abspath(os.path.expanduser(FLAGS.data_dir))
-  versions = {'tensorflow': tf.version.VERSION, 'numpy': np.__version__,
-              'python': sys.version.split()[0]}
-  run = {'flags': values, 'classes': dataset.classes, 'versions': versions}
+  run = {'flags': values, 'classes': dataset.classes, 'versions': _VERSIONS,
+         'started': str(datetime.now())}
   cifar10_input.write_file(os.path.join(FLAGS.train_dir, _RUN_FILE),
                            lambda f: json.dump(run, f, indent=1))
+
+
+def _script_flags():
+  by_module = FLAGS.flags_by_module_dict()
+  return [flag for module in _modules() for flag in by_module[module]]
+
+
+def _show_run(step):
+  """Shows flags and versions in TensorBoard, and hyper-parameters to compare."""
+  rows = [f'| --{flag.name} | {flag.value} |' for flag in sorted(
+      _script_flags(), key=lambda flag: (not flag.present, flag.name))]
+  rows += [f'| {name} | {version} |' for name, version in _VERSIONS.items()]
+  table = '\n'.join(['| given flags first | |', '| --- | --- |', *rows])
+  names = sorted(
+      {'dataset', 'model', 'recipe'}.union(*cifar10.RECIPES.values()))
+  writer = tf.summary.FileWriterCache.get(FLAGS.train_dir)
+  for shown in (text.text_pb('configuration', table),
+                hparams.hparams_pb({name: FLAGS[name].value for name in names})):
+    writer.add_summary(shown.SerializeToString(), step)
 
 
 def read_run(folder):
@@ -335,6 +375,7 @@ def read_run(folder):
     with tf.io.gfile.GFile(path) as f:
       run = json.load(f)
     values = dict(run['flags'])
+    values['started'] = run.get('started')
     if 'classes' in run:
       values['classes'] = tuple(map(str, run['classes']))
     if not isinstance(values.get('max_steps', 0), int):
@@ -391,6 +432,9 @@ def adopt_run(folder, names):
             f'be had now ({error}): give --{name}.') from error
   return run
 
+
+# Where evaluation writes, below the folder of the run: so TensorBoard shows both.
+EVAL_FOLDER = 'eval'
 
 # What a run leaves, and what a save that was killed had not renamed yet.
 _FILE = re.compile(
@@ -523,6 +567,10 @@ def _tidy_train_dir():
     if match and not tf.io.gfile.isdir(path) and (
         FLAGS.overwrite or match['unfinished']
         or match['step'] and int(match['step']) not in whole):
+      tf.io.gfile.remove(path)
+  if FLAGS.overwrite:  # Its evaluations, too.
+    for path in tf.io.gfile.glob(os.path.join(
+        FLAGS.train_dir, EVAL_FOLDER, 'events.out.tfevents.*')):
       tf.io.gfile.remove(path)
 
 

@@ -23,7 +23,7 @@ LAYERS = ('conv1', 'conv2', 'local3', 'local4', 'softmax_linear')
 
 def test_run_prints_the_lines_that_people_parse_and_no_others(trained):
   assert (trained.code, trained.stderr) == (0, '')
-  filling, *lines = trained.stdout.splitlines()
+  filling, *lines, done = trained.stdout.splitlines()
   assert filling.startswith(
       'Filling queue with 4000 synthetic images before starting to train.')
   parsed = [STEP_LINE.fullmatch(line) for line in lines]
@@ -32,6 +32,9 @@ def test_run_prints_the_lines_that_people_parse_and_no_others(trained):
   for match in parsed:
     assert 8 / float(match[3]) == pytest.approx(
         float(match[4]), rel=0.02, abs=0.001)
+  assert re.fullmatch(
+      r'Trained up to step 11 in 0:0\d:\d\d\. To evaluate it: python '
+      'cifar10_eval.py --run_once --checkpoint_dir=%s' % trained.train_dir, done)
 
 
 def test_run_leaves_a_checkpoint_that_the_original_can_load(trained):
@@ -52,16 +55,22 @@ def test_event_file_holds_summaries_speed_and_graph(trained):
   assert len(set(tags)) == len(tags)
   fullness = {tag for _, tag, _ in found if re.search('full', tag)}
   assert any('shuffle' in tag for tag in fullness)
-  assert {tag for _, tag, _ in found} - fullness == {
+  assert {tag for step, tag, _ in found if step} - fullness == {
       'images/image/0', 'images/image/1', 'images/image/2', 'learning_rate',
-      'conv1/filters/image/0', 'global_step/sec',
+      'conv1/filters/image/0', 'global_step/sec', 'Precision @ 1',
       *(layer + '/' + kind for layer in LAYERS for kind in (
           'activations', 'sparsity', 'weights', 'weights/gradients', 'biases',
           'biases/gradients')),
       *(loss + kind for loss in (
           'cross_entropy', 'local3/weight_loss', 'local4/weight_loss',
           'total_loss') for kind in ('', ' (raw)'))}
-  assert {step for step, *_ in found} == {1, 6, 11}
+  assert {step for step, *_ in found} == {0, 1, 6, 11}
+  shown = {tag: value for step, tag, value in found if not step}
+  assert set(shown) == {'configuration', '_hparams_/session_start_info'}
+  table = tf.make_ndarray(shown['configuration'].tensor).item().decode()
+  given = re.search(r'^\| --batch_size \| 8 \|$', table, re.MULTILINE)
+  assert given.start() < table.index('--learning_rate') < table.index(
+      '| tensorflow | %s |' % tf.version.VERSION)
   path, = trained.train_dir.glob('events.out.*')
   graph = next(event.graph_def for event in tf.train.summary_iterator(str(path))
                if event.HasField('graph_def'))
@@ -80,19 +89,23 @@ def test_console_tells_no_doubts_that_steps_are_counted(tmp_path, caplog):
   assert caplog.records == []
 
 
-@pytest.mark.parametrize('start, frequency, expected', [
-    (0, 10, ['0: 32.0; 0.500', '10: 8.0; 2.000', '20: 8.0; 2.000']),
-    (7, 5, ['10: 9.8; 1.625', '15: 8.0; 2.000', '20: 8.0; 2.000',
-            '25: 8.0; 2.000'])])
+@pytest.mark.parametrize('start, flags, expected', [
+    (0, ['--log_frequency=10', '--max_steps=41'],
+     ['0: 32.0; 0.500', '10: 8.0; 2.000', '20: 8.0; 2.000']),
+    (7, ['--log_frequency=5', '--max_steps=100000'],
+     ['10: 9.8; 1.625', '15: 8.0; 2.000',
+      '99984 steps left, about 2 days, 7:32:48.', '20: 8.0; 2.000',
+      '25: 8.0; 2.000'])])
 def test_speed_is_the_mean_over_the_steps_since_the_last_line(
-    monkeypatch, capsys, start, frequency, expected):
+    monkeypatch, capsys, start, flags, expected):
+  parse_flags(cifar10_train, *flags)
   now = [1000.0]
   monkeypatch.setattr(cifar10_train.time, 'monotonic', lambda: now[0])
   global_step = tf.train.get_or_create_global_step()
   step = tf.assign_add(global_step, 1)
   with tf.control_dependencies([global_step.initializer]):
     initial = tf.assign(global_step, start)
-  hook = cifar10_train.LoggerHook(tf.constant(1.5), step, 16, frequency)
+  hook = cifar10_train.LoggerHook(tf.constant(1.5), step, 16)
   with tf.train.MonitoredSession(
       tf.train.ChiefSessionCreator(tf.train.Scaffold(init_op=initial)),
       [hook]) as session:
@@ -100,7 +113,7 @@ def test_speed_is_the_mean_over_the_steps_since_the_last_line(
       now[0] += 2.0 if i else 0.5
       session.run(step)
   assert [
-      '%s: %s; %s' % STEP_LINE.fullmatch(line).group(1, 3, 4)
+      STEP_LINE.sub(r'\1: \3; \4', line)
       for line in capsys.readouterr().out.splitlines()] == expected
 
 
@@ -368,7 +381,7 @@ OF_TRAINING = {
     'deterministic': False}
 OF_TOWERS = {'num_gpus': 1, 'sync_replicas': True}
 OF_EVALUATION = {
-    'eval_dir': '/tmp/cifar10_eval', 'checkpoint_dir': '/tmp/cifar10_train',
+    'eval_dir': None, 'checkpoint_dir': '/tmp/cifar10_train',
     'eval_data': 'test', 'eval_interval_secs': 300, 'num_examples': 10000,
     'run_once': False, 'use_moving_average': True, 'multiview': False,
     'predictions_csv': None, 'predict': None, 'export_dir': None}
