@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 import types
 
@@ -209,6 +210,36 @@ def test_data_network_and_precision_are_those_of_the_run(
           if node.name == 'conv1/Conv2D'] == [dtype.as_datatype_enum]
 
 
+def test_evaluation_is_shown_below_its_run_and_goes_with_it(
+    call_script, train, tiny_flags, tmp_path):
+  train('--max_steps=1')
+  run_dir = tmp_path / 'run'
+  for path in run_dir, run_dir / 'model.ckpt-1':
+    run = call_script(cifar10_eval, *tiny_flags, '--checkpoint_dir=%s' % path)
+    assert run.code == 0
+  assert len(list((run_dir / 'eval').iterdir())) == 2
+  (run_dir / 'eval' / 'notes').touch()
+  train('--max_steps=1', '--overwrite')
+  assert [path.name for path in (run_dir / 'eval').iterdir()] == ['notes']
+
+
+def test_progress_is_a_bar_on_a_terminal_and_else_a_line_at_times(
+    monkeypatch, capsys):
+  now = [0]
+  monkeypatch.setattr(cifar10_eval.time, 'monotonic', lambda: now[0])
+  for is_terminal in True, False:
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: is_terminal)
+    progress = cifar10_eval.Progress(100, 1000)
+    for done in 200, 600, 1000:
+      now[0] += 20
+      progress.show(done)
+    shown = capsys.readouterr().out
+    if is_terminal:
+      assert shown.count('\r') == 3 and '[========  ' in shown
+    else:
+      assert shown == '600 of 1000 examples, 32 s left\n'
+
+
 def test_tensorboard_gets_precision_and_pictures_at_the_step_of_the_run(
     evaluate, save, tmp_path):
   save(123456, always(0))
@@ -315,10 +346,18 @@ import os, sys
 import numpy as np, tensorflow as tf
 os.chdir(sys.argv[1])
 signatures = tf.saved_model.load('model').signatures
-pictures = tf.constant(np.load('pictures.npy'))
+pictures = np.load('pictures.npy')
+served = signatures['serving_default'](images=tf.constant(pictures))
 encoded = tf.constant([open('0.png', 'rb').read()])
-print(*signatures['serving_default'](images=pictures)['classes'].numpy(),
-      *signatures['encoded'](encoded=encoded)['classes'].numpy())
+lite = tf.lite.Interpreter(
+    model_content=tf.lite.TFLiteConverter.from_saved_model(
+        'model', signature_keys=['serving_default']).convert())
+on_phone = lite.get_signature_runner('serving_default')(images=pictures)
+for labels in (served['labels'].numpy(), on_phone['labels'],
+               signatures['encoded'](encoded=encoded)['labels'].numpy()):
+  print(b' '.join(labels).decode())
+np.testing.assert_allclose(
+    on_phone['probabilities'], served['probabilities'], atol=1e-5)
 """
 
 
@@ -348,8 +387,9 @@ def test_prediction_and_exported_model_say_what_evaluation_says(
   (tmp_path / 'load.py').write_text(LOAD)
   run = finish(start_script(str(tmp_path / 'load.py'), str(tmp_path)))
   assert run.code == 0, run.stderr
-  assert [TINY.classes[int(label)] for label in run.stdout.split()] == [
-      row['prediction'] for row in rows + rows[:1]]
+  expected = [row['prediction'] for row in rows]
+  served, on_phone, encoded = map(str.split, run.stdout.splitlines())
+  assert served == on_phone == expected and encoded == expected[:1]
   assert is_one_line(evaluate('--export_dir=%s' % model), 'exists already')
 
 
