@@ -146,7 +146,8 @@ def run_training(build, examples, task=None):
                       f'{dataset.num_train_examples} there are: lower '
                       '--batch_size.')
     if FLAGS.use_fp16 and not tf.config.list_physical_devices('GPU'):
-      tf.logging.warn('--use_fp16 is for GPUs: on a CPU it is slow.')
+      tf.logging.warn('--use_fp16 is for GPUs: a CPU takes most of a minute '
+                      'for a step.')
     if FLAGS.deterministic:
       tf.compat.v2.config.experimental.enable_op_determinism()
     with tf.Graph().as_default(), tf.device(task.device):
