@@ -106,12 +106,11 @@ RECIPES = {
 # The input, from where the flags say.
 
 
-def maybe_download_and_extract(dataset=None, url=None, sha256=None):
+def maybe_download_and_extract(dataset=None, url=None):
   """Makes sure that a data set, by default CIFAR-10, is in --data_dir."""
   if dataset is None:
     dataset, url = cifar10_input.CIFAR10, url or DATA_URL
-  cifar10_input.maybe_download_and_extract(
-      dataset, FLAGS.data_dir, url, sha256)
+  cifar10_input.maybe_download_and_extract(dataset, FLAGS.data_dir, url)
 
 
 def distorted_inputs(dataset=None, batch_size=None, **options):

@@ -168,14 +168,14 @@ class Dataset:
 # Getting the data.
 
 
-def maybe_download_and_extract(dataset, data_dir, url=None, sha256=None):
+def maybe_download_and_extract(dataset, data_dir, url=None):
   """Makes sure that a data set's files are there, and returns their folder.
 
   Args:
     dataset: the `Dataset`.
     data_dir: local folder of all data sets; made if need be.
-    url, sha256: address (http, https or file) and checksum of the archive,
-      where they differ from the published ones.
+    url: another address (http, https or file) of the archive; or of the folder
+      with its files, if there are several.
 
   Raises:
     UserError: the data set is not there and cannot be had.
@@ -193,7 +193,7 @@ def maybe_download_and_extract(dataset, data_dir, url=None, sha256=None):
     with locked(data_dir, 'data_dir', wait=True):
       try:
         if not is_there():  # Another process may have got it meanwhile.
-          _get(dataset, folder, url, sha256)
+          _get(dataset, folder, url)
       except OSError as error:
         raise UserError(f'--data_dir={data_dir} cannot hold the data set: '
                         f'{error}') from error
@@ -291,26 +291,22 @@ def what_went_wrong(error):
   return before_stack[1] if before_stack else message.splitlines()[0]
 
 
-def _get(dataset, folder, url, sha256):
+def _get(dataset, folder, url):
   """Downloads, converts or generates a data set's files."""
   if dataset.needs and not importlib.util.find_spec(dataset.needs):
     raise UserError(f'--dataset={dataset.name} needs {dataset.needs} to read '
                     f'its files: pip install {dataset.needs}.')
-  if len(dataset.downloads) > 1 and sha256:
-    raise UserError(f'--data_sha256 is of one file, but {dataset.name} has '
-                    f'{len(dataset.downloads)}: it cannot be given.')
   # They move to their folder when all of them are whole, not before.
   partial = folder + '.partial'
   shutil.rmtree(partial, ignore_errors=True)
   os.makedirs(partial)
   try:
     downloads = []
-    for source, published_sha256 in dataset.downloads.items():
+    for source, sha256 in dataset.downloads.items():
       name = os.path.basename(source)
-      if url:  # The file itself or, where there are several, their folder.
+      if url:
         source = f'{url}/{name}' if len(dataset.downloads) > 1 else url
-      downloads.append(_download(
-          name, source, (sha256 or published_sha256).lower(), partial))
+      downloads.append(_download(name, source, sha256, partial))
     dataset.make(dataset, downloads, partial)
     os.makedirs(folder, exist_ok=True)
     for name in set(os.listdir(partial)) - set(os.listdir(folder)):
@@ -326,7 +322,8 @@ def _download(name, url, sha256, partial):
             f'{archive}, or take --dataset=synthetic, which needs none.')
   if os.path.isfile(archive):  # Perhaps put there by hand: it is checked, too.
     url = pathlib.Path(archive).absolute().as_uri()
-    advice = 'Delete it, or accept it with --data_sha256.'
+    advice = ('It is not the published one: move it away. Other data in that '
+              'format are a --dataset=FOLDER with its files.')
   elif not sys.stdout.isatty():
     say(f'Downloading {url}')
   if not sys.stdout.isatty():  # A log would keep all states of keras's bar.

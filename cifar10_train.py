@@ -76,7 +76,7 @@ def prepare_dataset():
   if FLAGS.dataset not in cifar10_input.DATASETS:
     return cifar10_input.own_dataset(FLAGS.dataset, FLAGS.data_dir)
   dataset = cifar10_input.DATASETS[FLAGS.dataset]
-  cifar10.maybe_download_and_extract(dataset, FLAGS.data_url, FLAGS.data_sha256)
+  cifar10.maybe_download_and_extract(dataset, FLAGS.data_url)
   return dataset
 
 
@@ -637,10 +637,8 @@ def define_data_flags():
       _DatasetParser(), 'dataset', 'cifar10', 'What to learn from: '
       f'{_DatasetParser.syntactic_help} in train/CLASS/ and test/CLASS/.')
   flags.DEFINE_string(
-      'data_url', None, 'Another place to download the archive of the data set '
-      'from (http, https or file).')
-  flags.DEFINE_string(
-      'data_sha256', None, 'Its checksum, if it is not the published archive.')
+      'data_url', None, 'Another address (http, https or file) of the archive '
+      "of the data set, or of the folder with svhn's files.")
   flags.DEFINE_enum(
       'model', 'default', ['default', 'local'], 'The network: with two fully '
       'connected layers, or with two locally connected ones.')
@@ -654,10 +652,6 @@ def define_data_flags():
   flags.register_validator(
       'data_url', lambda url: not url or re.match('(https?|file)://', url),
       'must start with http://, https:// or file://')
-  flags.register_validator(
-      'data_sha256',
-      lambda sha256: not sha256 or re.fullmatch('[0-9a-fA-F]{64}', sha256),
-      'must be 64 hexadecimal digits')
 
 
 def define_flags():

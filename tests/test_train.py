@@ -370,7 +370,7 @@ def test_only_a_cluster_of_one_task_that_computes_trains(
 OF_ALL = {
     'batch_size': 128, 'data_dir': '/tmp/cifar10_data', 'use_fp16': False,
     'dataset': 'cifar10', 'model': 'default', 'image_size': 24,
-    'data_url': None, 'data_sha256': None, 'use_bfloat16': False}
+    'data_url': None, 'use_bfloat16': False}
 OF_TRAINING = {
     'train_dir': '/tmp/cifar10_train', 'overwrite': False, 'max_steps': 100000,
     'log_frequency': 10, 'log_device_placement': False, 'max_to_keep': 5,
@@ -439,8 +439,6 @@ def test_number_has_to_be_whole_and_positive(call_script, script, name):
     ('--weight_decay=inf', ['weight_decay', 'inf']),
     ('--dataset=mnist', ['dataset', 'cifar10, cifar100, cifar100_coarse']),
     ('--data_url=ftp://x', ['data_url', 'https://']),
-    ('--data_sha256=abc', ['data_sha256', '64 hexadecimal digits']),
-    ('--data_sha256=' + 64 * 'g', ['data_sha256', '64 hexadecimal digits']),
     ('--train_dir=/tmp/[1]', ['train_dir', '[ ]']),
     ('--use_fp16 --use_bfloat16', ['use_fp16', 'use_bfloat16']),
     ('--deterministic', ['--seed']), ('--nooverwrite=3', ['overwrite']),
