@@ -338,31 +338,33 @@ def _add_image(summary, tag, image):
 
 
 def _draw_confusion(confusion, classes):
-  """Draws a cell for each true (row) and predicted class, with their names."""
-  named = len(classes) <= 20
-  cell, margin = (22, 120) if named else (6, 0)
+  """Draws a cell for each true (row) and predicted class, the darker the more.
+
+  Up to 20 classes have their names beside them.
+  """
+  cell = 32 if len(classes) <= 20 else 6
   shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-  shades = np.uint8(255 * shares ** 0.5)  # The root shows small ones.
+  shades = 255 - np.uint8(255 * shares ** 0.5)  # The root shows small ones.
+  side = cell * len(classes)
   matrix = PIL.Image.fromarray(shades).resize(
-      [cell * len(classes)] * 2, PIL.Image.Resampling.NEAREST)
-  size = margin + matrix.width
-  picture = PIL.Image.new('RGB', [size, size])
-  picture.paste(matrix, [margin, margin])
-  if named:
-    names = PIL.Image.new('RGB', [margin, matrix.width])
-    draw = PIL.ImageDraw.Draw(names)
-    for i, name in enumerate(classes):
-      draw.text([4, cell * i + 5], _in_ascii(name)[:18])
-    picture.paste(names, [0, margin])
-    picture.paste(names.transpose(PIL.Image.Transpose.TRANSPOSE).transpose(
-        PIL.Image.Transpose.FLIP_TOP_BOTTOM), [margin, 0])
+      [side, side], PIL.Image.Resampling.NEAREST)
+  if len(classes) > 20:
+    return matrix.convert('RGB')
+  names = PIL.Image.new('RGB', [130, side], 'white')
+  draw = PIL.ImageDraw.Draw(names)
+  for i, name in enumerate(classes):
+    draw.text([4, cell * i + 10], _in_ascii(name)[:20], 'black')
+  picture = PIL.Image.new('RGB', [names.width + side] * 2, 'white')
+  picture.paste(matrix, [names.width, names.width])
+  picture.paste(names, [0, names.width])
+  picture.paste(names.rotate(90, expand=True), [names.width, 0])
   return picture
 
 
 def _draw_mistakes(mistakes, classes):
   """Draws images, [height, width, depth] each, with what they were taken for."""
   width, height, side = 150, 170, 128
-  picture = PIL.Image.new('RGB', [5 * width, 2 * height])
+  picture = PIL.Image.new('RGB', [5 * width, 2 * height], 'white')
   draw = PIL.ImageDraw.Draw(picture)
   for i, (probability, true, predicted, image) in enumerate(mistakes):
     x, y = width * (i % 5), height * (i // 5)
@@ -371,7 +373,8 @@ def _draw_mistakes(mistakes, classes):
         np.uint8(255 * (image - low) / max(high - low, 1e-9)))
     picture.paste(shown.resize([side, side]), [x, y])
     draw.text([x, y + side + 4], '%.22s\ntaken for %.14s %.3f' % (
-        _in_ascii(classes[true]), _in_ascii(classes[predicted]), probability))
+        _in_ascii(classes[true]), _in_ascii(classes[predicted]), probability),
+              'black')
   return picture
 
 

@@ -250,7 +250,7 @@ def test_tensorboard_gets_precision_and_pictures_at_the_step_of_the_run(
   assert values['Precision @ 1'].simple_value == pytest.approx(correct / 70)
   assert values['cross_entropy'].simple_value == pytest.approx(
       np.log(np.e + 9) - correct / 70, rel=1e-5)
-  for tag, width in ('confusion', 340), ('surest_mistakes', 750):
+  for tag, width in ('confusion', 450), ('surest_mistakes', 750):
     picture = PIL.Image.open(io.BytesIO(values[tag].image.encoded_image_string))
     assert (picture.width, values[tag].image.width) == (width, width)
     assert len(picture.getcolors(1 << 20)) > 5
