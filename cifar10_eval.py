@@ -200,7 +200,8 @@ def eval_once(checkpoint, evaluation):
           checkpoint_filename_with_path=checkpoint)) as session:
     *batch, summary = session.run(evaluation.fetches)
     outcome.add(*(values[:num_examples] for values in batch))
-    progress = Progress(outcome.total, num_examples)
+    progress = Progress(num_examples)
+    progress.show(outcome.total)
     while outcome.total < num_examples:
       batch = session.run(evaluation.fetches[:3])
       rest = num_examples - outcome.total  # The last batch may have more.
@@ -224,29 +225,21 @@ def eval_once(checkpoint, evaluation):
 
 class Progress:
   """Shows how far an evaluation is: a bar on a terminal, else a line at times.
-
-  Args:
-    done, total: numbers of examples, after the start and in the end.
   """
   _LINE_SECS = 30
 
-  def __init__(self, done, total):
-    self._first, self._total = done, total
-    self._start = self._last_line = time.monotonic()
+  def __init__(self, num_examples):
+    self._bar = None
+    if sys.stdout.isatty():
+      self._bar = tf.keras.utils.Progbar(num_examples, unit_name='example')
+    self._num_examples, self._last_line = num_examples, time.monotonic()
 
   def show(self, done):
-    now = time.monotonic()
-    secs_left = (now - self._start) * (self._total - done) / (
-        done - self._first)
-    text = '%d of %d examples, %d s left' % (done, self._total, secs_left)
-    if sys.stdout.isatty():
-      bar = '=' * (40 * done // self._total)
-      # The last one is wiped out: the result takes its place.
-      text = '' if done == self._total else '[%-40s] %s' % (bar, text)
-      print('\r\033[K' + text, end='', flush=True)
-    elif now - self._last_line > self._LINE_SECS:
-      self._last_line = now
-      say(text)
+    if self._bar:
+      self._bar.update(done)
+    elif time.monotonic() > self._last_line + self._LINE_SECS:
+      self._last_line = time.monotonic()
+      say('%d of %d examples.' % (done, self._num_examples))
 
 
 class Outcome:
