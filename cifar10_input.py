@@ -538,6 +538,8 @@ def read_picture(path):
                             else 'no such file')
   with PIL.Image.open(path) as image:
     upright = PIL.ImageOps.exif_transpose(image)
+    if upright.mode == 'F' or upright.mode == 'I' and image.format == 'TIFF':
+      raise ValueError('it has 32 bits a pixel, and nothing says what is white')
     if upright.mode.startswith('I'):  # 16 bits, of which 8 are enough.
       upright = PIL.Image.fromarray(
           (np.asarray(upright) >> 8).astype(np.uint8))
