@@ -115,8 +115,8 @@ def say(text, file=None):
   A line stays one line, whatever is in the names that it tells.
   """
   file = file or sys.stdout
-  encoding = file.encoding or 'utf-8'
-  text = re.sub(r'[\x00-\x1f\x7f]', ' ', text)
+  encoding = getattr(file, 'encoding', None) or 'utf-8'
+  text = re.sub('[\x00-\x1f\x7f-\x9f\u2028\u2029]', ' ', text)
   text = text.encode(encoding, 'backslashreplace').decode(encoding)
   try:
     print(text, file=file, flush=True)
