@@ -406,17 +406,18 @@ def own_dataset(folder, data_dir):
   folder/test/CLASS/. A UserError says what is missing there.
   """
   names = sorted(path.name for path in pathlib.Path(folder).glob('[!.]*.bin'))
-  if not names:
+  if not names or os.path.isdir(os.path.join(folder, 'train')):
     return _own_pictures(folder, data_dir)
   tests = [name for name in names if name.startswith('test')]
   path, classes = os.path.join(folder, 'batches.meta.txt'), ()
   if os.path.isfile(path):
-    with open(path, encoding='utf-8', errors='backslashreplace') as f:
+    with open(path, encoding='utf-8-sig', errors='backslashreplace') as f:
       classes = tuple(filter(None, map(str.strip, f)))
-  if len(classes) < 2 or not tests or tests == names:
+  if (len(classes) < 2 or len(set(classes)) < len(classes) or not tests
+      or tests == names):
     raise UserError(f'--dataset={folder} needs files *.bin to train on, others '
                     'named test*.bin, and the names of two classes or more in '
-                    'batches.meta.txt, each in a line of its own.')
+                    'batches.meta.txt, no two alike, a line each.')
   return _counted(Dataset(
       name=folder, title=os.path.basename(folder), folder=folder,
       train_files={name: None for name in names if name not in tests},
