@@ -180,8 +180,8 @@ def maybe_download_and_extract(dataset, data_dir, url=None, sha256=None):
   Raises:
     UserError: the data set is not there and cannot be had.
   """
-  if '://' in data_dir:
-    raise UserError(f'--data_dir={data_dir} is a URL: name a local folder.')
+  if not data_dir or '://' in data_dir:
+    raise UserError(f'--data_dir={data_dir} is no local folder: name one.')
   data_dir = os.path.expanduser(data_dir)
   folder = data_folder(dataset, data_dir)
 
@@ -734,8 +734,7 @@ def check_files(dataset, folder, files):
     if flaw and (not dataset.make or None in dataset.files.values()):
       raise UserError(f'{path} {flaw}.')  # A reader's own data.
     if flaw:
-      raise UserError(
-          f'{path} {flaw}: delete {folder} and start again to get it anew.')
+      raise UserError(f'{path} {flaw}: delete it and start again to get it anew.')
   return paths
 
 

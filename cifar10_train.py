@@ -544,7 +544,7 @@ class FolderParser(flags.ArgumentParser):
       path = path.removeprefix('localhost')
       if not path.startswith('/'):
         raise ValueError('file:// needs an absolute path')
-    if scheme and not path.strip('/'):
+    if not argument or scheme and not path.strip('/'):
       raise ValueError('names no folder')
     if scheme not in ('', 'file'):
       return argument
