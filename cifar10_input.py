@@ -32,6 +32,7 @@ import tarfile
 import threading
 import types
 import typing
+import warnings
 import zlib
 
 try:
@@ -66,6 +67,9 @@ finally:
   os.close(_stderr)
   if _is_script:
     signal.signal(signal.SIGINT, _sigint)
+
+# A picture is read, or refused with an exception.
+warnings.filterwarnings('ignore', module='PIL')
 
 # Graphs, queues and sessions are what this suite teaches, so nobody needs to
 # read that TensorFlow calls them deprecated. Its step counter may read the step
