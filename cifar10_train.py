@@ -336,13 +336,16 @@ def read_run(folder):
       run = json.load(f)
     values = dict(run['flags'])
     if 'classes' in run:
+      if not isinstance(run['classes'], list):
+        raise ValueError('classes is not a list')
       values['classes'] = tuple(map(str, run['classes']))
     if not isinstance(values.get('max_steps', 0), int):
       raise ValueError('max_steps is not a whole number')
     return values
   except tf.errors.NotFoundError:
     return {}
-  except (tf.errors.OpError, ValueError, KeyError, TypeError) as error:
+  except (tf.errors.OpError, ValueError, KeyError, TypeError,
+          RecursionError) as error:
     raise UserError(f'{path} cannot be used ({what_went_wrong(error)}): mend '
                     'it, or remove it and give the run\'s flags.') from error
 
@@ -382,7 +385,7 @@ def adopt_run(folder, names):
   if not FLAGS['use_fp16'].present and not FLAGS['use_bfloat16'].present:
     names += ('use_fp16', 'use_bfloat16')
   for name in names:
-    if name in run and not FLAGS[name].present:
+    if run.get(name) is not None and not FLAGS[name].present:
       try:
         FLAGS.set_default(name, run[name])
       except flags.Error as error:
