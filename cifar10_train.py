@@ -445,6 +445,8 @@ def _find_flaw(checkpoint):
     # The reader's own errors do not tell a file that is refused from a bad one.
     for path in (checkpoint + '.index',
                  *tf.io.gfile.glob(checkpoint + '.data-*')):
+      if os.path.exists(path) and not os.path.isfile(path):
+        return f'{path} is no regular file'  # A pipe would never end.
       tf.io.gfile.GFile(path, 'rb').read(1)
     reader = tf.train.NewCheckpointReader(checkpoint)
     for name in reader.get_variable_to_shape_map():
