@@ -131,6 +131,9 @@ def run_training(build, examples, task=None):
     The exit code: 0, or 128 and the number of the signal.
   """
   task = task or Task()
+  if run_folder(FLAGS.train_dir) != FLAGS.train_dir:
+    raise UserError(f'--train_dir={FLAGS.train_dir} is a checkpoint: name its '
+                    'folder.')
   with (cifar10_input.locked(FLAGS.train_dir, 'train_dir') if task.is_chief
         else contextlib.nullcontext()):
     checkpoint = _checkpoint_to_continue()
@@ -404,9 +407,12 @@ _FILE = re.compile(
 
 def run_folder(path):
   """Returns the folder of a run, of which a path may name one checkpoint."""
-  is_checkpoint = (_FILE.fullmatch(os.path.basename(path) + '.index')
-                   and tf.io.gfile.exists(path + '.index'))
-  return os.path.dirname(path) if is_checkpoint else path
+  if (not _FILE.fullmatch(os.path.basename(path) + '.index')
+      or tf.io.gfile.isdir(path)):
+    return path
+  if not tf.io.gfile.exists(path + '.index'):
+    raise UserError(f'there is no checkpoint {path}.')
+  return os.path.dirname(path)
 
 
 def checkpoints(path):
