@@ -420,10 +420,9 @@ def main(argv=None):
     return predict(FLAGS.predict + argv[1:])
   if FLAGS.export_dir:
     return export(FLAGS.export_dir)
-  csv_path = FLAGS.predictions_csv
-  if csv_path and not tf.io.gfile.exists(os.path.dirname(csv_path)):
-    raise UserError(f'--predictions_csv={csv_path} is in a folder that is not '
-                    'there: make that first.')
+  if FLAGS.predictions_csv:
+    cifar10_input.write_file(
+        FLAGS.predictions_csv, lambda f: f.write('?'), is_trial=True)
   return evaluate()
 
 

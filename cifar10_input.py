@@ -268,7 +268,7 @@ def _lock(file, flag, wait):
     print(os.getpid(), file=file, end='', flush=True)
 
 
-def write_file(path, write):
+def write_file(path, write, is_trial=False):
   """Writes a text file, whole or not at all: `write` gets it open.
 
   It takes its name when it is complete. A UserError names a path that is in the
@@ -282,7 +282,10 @@ def write_file(path, write):
       tf.io.gfile.remove(unfinished)
     with tf.io.gfile.GFile(unfinished, 'w') as f:
       write(f)
-    tf.io.gfile.rename(unfinished, path, overwrite=True)
+    if is_trial:  # Of whether it can be done.
+      tf.io.gfile.remove(unfinished)
+    else:
+      tf.io.gfile.rename(unfinished, path, overwrite=True)
   except tf.errors.OpError as error:
     raise UserError(f'{path} cannot be written: '
                     f'{what_went_wrong(error)}') from error

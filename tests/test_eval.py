@@ -349,10 +349,14 @@ print(*signatures['serving_default'](images=pictures)['classes'].numpy(),
 """
 
 
-def test_folder_that_is_not_there_is_told_before_the_evaluation(
-    evaluate, tmp_path):
-  path = tmp_path / 'none' / 'predictions.csv'
-  assert is_one_line(evaluate('--predictions_csv=%s' % path), path, 'make that')
+@pytest.mark.parametrize('name', ['none/table.csv', 'file/table.csv', 'pipe'])
+def test_table_that_cannot_be_written_is_told_before_the_evaluation(
+    evaluate, save, tmp_path, name):
+  save(1, always(0))
+  (tmp_path / 'file').touch()
+  os.mkfifo(tmp_path / 'pipe')
+  run = evaluate('--run_once', '--predictions_csv=%s' % (tmp_path / name))
+  assert is_one_line(run, tmp_path / name) and run.stdout == ''
 
 
 def test_prediction_and_exported_model_say_what_evaluation_says(
