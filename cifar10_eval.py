@@ -306,13 +306,16 @@ def predict(paths):
 
   The paths are those of picture files, or of folders with such files.
   """
+  files = [*itertools.chain(*map(cifar10_input.files_at, paths))]
+  if not files:
+    raise UserError(f'--predict={paths[0]} has no files.')
   checkpoint, classes = _latest_checkpoint(), _adopt_classes()
   exit_code = 0
   with tf.Graph().as_default(), tf.Session() as session:
     planes = tf.placeholder(tf.uint8, [1, 3, 32, 32])
     probabilities = _classify(planes, classes)
     _restore(session, checkpoint)
-    for path in itertools.chain(*map(cifar10_input.files_at, paths)):
+    for path in files:
       try:
         picture = cifar10_input.read_picture(path)
       except Exception as error:  # Pillow has one for each kind of damage.
