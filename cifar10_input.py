@@ -741,7 +741,8 @@ def check_files(dataset, folder, files):
     if flaw and (not dataset.make or None in dataset.files.values()):
       raise UserError(f'{path} {flaw}.')  # A reader's own data.
     if flaw:
-      raise UserError(f'{path} {flaw}: delete it and start again to get it anew.')
+      raise UserError(
+          f'{path} {flaw}: delete it and start again to get it anew.')
   return paths
 
 
