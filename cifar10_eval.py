@@ -20,9 +20,8 @@ import socket
 import sys
 import time
 
+import cifar10_input  # First: Ctrl-C is without traceback, TensorFlow quiet.
 import numpy as np
-
-import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
 import tensorflow.compat.v1 as tf
 
 import cifar10

@@ -41,9 +41,10 @@ except ImportError:  # Windows has no such locks.
   fcntl = None
 
 # What follows takes seconds, in which Ctrl-C ends a script without a traceback.
-# It does not end a notebook.
+# It does not end a notebook, nor what a shell has started with Ctrl-C ignored.
 _is_script = (hasattr(sys.modules['__main__'], '__file__')
-              and threading.current_thread() is threading.main_thread())
+              and threading.current_thread() is threading.main_thread()
+              and signal.getsignal(signal.SIGINT) != signal.SIG_IGN)
 if _is_script:
   _sigint = signal.signal(signal.SIGINT, signal.SIG_DFL)
 

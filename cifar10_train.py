@@ -22,9 +22,8 @@ import sys
 import threading
 import time
 
+import cifar10_input  # First: Ctrl-C is without traceback, TensorFlow quiet.
 import numpy as np
-
-import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
 import tensorflow.compat.v1 as tf
 
 import cifar10
@@ -777,12 +776,11 @@ def handling_signals(handler):
 
   earlier = {}
   if threading.current_thread() is threading.main_thread():
-    signums = [signal.SIGINT, signal.SIGTERM]
-    # Windows has no SIGHUP, and nohup ignores it with reason.
-    sighup = getattr(signal, 'SIGHUP', None)
-    if sighup and signal.getsignal(sighup) != signal.SIG_IGN:
-      signums.append(sighup)
-    earlier = {s: signal.signal(s, handle_once) for s in signums}
+    signums = {signal.SIGINT, signal.SIGTERM,
+               getattr(signal, 'SIGHUP', signal.SIGTERM)}  # Not on Windows.
+    # What is ignored is so with reason: by nohup, or behind a script's `&`.
+    earlier = {s: signal.signal(s, handle_once) for s in signums
+               if signal.getsignal(s) != signal.SIG_IGN}
   try:
     yield
   finally:

@@ -399,9 +399,10 @@ def test_signal_ends_training_after_the_step_it_came_in(
   assert newest_step(tmp_path / 'run') == 3
 
 
-def test_signal_that_is_ignored_stays_so(train, in_step):
-  signal.signal(signal.SIGHUP, signal.SIG_IGN)  # As nohup does.
-  in_step(2, lambda: os.kill(os.getpid(), signal.SIGHUP))
+@pytest.mark.parametrize('signum', [signal.SIGHUP, signal.SIGINT])
+def test_signal_that_is_ignored_stays_so(train, in_step, signum):
+  signal.signal(signum, signal.SIG_IGN)  # As nohup does, and a script's `&`.
+  in_step(2, lambda: os.kill(os.getpid(), signum))
   assert train('--max_steps=3').code == 0
 
 
@@ -423,9 +424,10 @@ def test_second_signal_ends_the_process_at_once(start_script, tmp_path):
   assert finish(process).code == -signal.SIGTERM
 
 
+@pytest.mark.parametrize('module', ['numpy', 'tensorflow'])
 def test_ctrl_c_in_the_first_seconds_ends_without_a_traceback(
-    start_script, tmp_path):
-  package = tmp_path / 'tensorflow'
+    start_script, tmp_path, module):
+  package = tmp_path / module
   package.mkdir()
   (package / '__init__.py').write_text(
       'import time; print("importing"); time.sleep(60)')
