@@ -266,7 +266,7 @@ def test_run_that_is_overwritten_under_its_evaluator_is_read_anew(
 
 def test_checkpoint_dir_may_name_one_checkpoint(evaluate, save, tmp_path):
   older = save(1, always(3))
-  save(2, always(5), max_steps=9)
+  newer = save(2, always(5), max_steps=9)
   flag = '--checkpoint_dir=%s' % older
   assert read_outcome(evaluate(flag))['step'] == 1  # It ends, and waits not.
   write_picture(tmp_path / 'a.png', np.zeros([32, 32, 3]))
@@ -274,6 +274,7 @@ def test_checkpoint_dir_may_name_one_checkpoint(evaluate, save, tmp_path):
   assert 'a.png: %s ' % TINY.classes[3] in run.stdout
   run = evaluate(flag, '--export_dir=%s' % (tmp_path / 'model'))
   assert run.stdout == 'Exported %s to %s.\n' % (older, tmp_path / 'model')
+  assert is_one_line(evaluate('--checkpoint_dir=%s9' % newer), newer + '9')
 
 
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGHUP'])
@@ -402,3 +403,5 @@ def test_pictures_of_any_size_are_predicted_and_others_named(
         re.escape(str(path)), TINY.classes[4], sure, (1 - sure) / 9), line)
   broken, none = run.stderr.splitlines()
   assert 'broken.png: ' in broken and 'none.png' in none
+  (tmp_path / 'empty').mkdir()
+  assert is_one_line(evaluate('--predict=%s' % (tmp_path / 'empty')), 'empty')

@@ -70,6 +70,7 @@ DAMAGE = {
     'one byte short': lambda path: os.truncate(path, path.stat().st_size - 1),
     'empty': lambda path: os.truncate(path, 0),
     'gone': lambda path: path.unlink(),
+    'a pipe': lambda path: _replace(path, os.mkfifo),
     'not a number': _save_nan,
     'first byte flipped': lambda path: _flip(path, 0),
     'middle byte flipped': lambda path: _flip(path, 0.5),
@@ -196,6 +197,13 @@ def test_train_dir_that_is_a_file_is_refused_in_one_line(train, tmp_path):
   (tmp_path / 'run').write_text('mine')
   assert is_one_line(train(), '--train_dir=%s' % (tmp_path / 'run'))
   assert (tmp_path / 'run').read_text() == 'mine'
+
+
+def test_train_dir_that_is_a_checkpoint_is_refused_in_one_line(train, run_dir):
+  before = contents(run_dir)
+  run = train('--train_dir=%s' % (run_dir / 'model.ckpt-11'))
+  assert is_one_line(run, 'model.ckpt-11 is a checkpoint: name its folder')
+  assert contents(run_dir) == before
 
 
 def _replace(path, make):

@@ -365,6 +365,7 @@ def pictures_dir(tmp_path):
           encoded = session.run(encoders[i % 2](picture))
         (folder / ('%d.picture' % i)).write_bytes(encoded)
   (tmp_path / 'mine' / 'train' / 'dark' / 'broken.png').write_text('nothing')
+  (tmp_path / 'mine' / 'model.bin').write_text('no records')
   return tmp_path / 'mine'
 
 
@@ -408,7 +409,8 @@ def test_checkpoints_alone_predict_and_export_what_they_were_trained_on(
   run = call_script(cifar10_eval, *flags, '--predict=%s' % (
       moved / 'test' / 'light' / '0.picture'))
   assert (run.code, run.stderr) == (0, '')
-  assert 'light 0.' in run.stdout and 'dark 0.' in run.stdout
+  assert re.search(r' light [01]\.', run.stdout)
+  assert re.search(r' dark [01]\.', run.stdout)
   assert call_script(cifar10_eval, *flags, '--export_dir=%s' % (
       tmp_path / 'model')).code == 0
   assert not (tmp_path / 'none').exists()
@@ -542,7 +544,8 @@ def records_dir(tmp_path):
   write_random(dataclasses.replace(
       TINY, train_files={'a.bin': 20, 'b.bin': 7}, eval_files={'test_1.bin': 9},
       classes=('one', 'two', 'three')), tmp_path / 'mine')
-  (tmp_path / 'mine' / 'batches.meta.txt').write_text('one\ntwo\n\nthree\n')
+  (tmp_path / 'mine' / 'batches.meta.txt').write_text(
+      '\ufeffone\ntwo\n\nthree\n')  # As an editor of Windows saves it.
   return tmp_path / 'mine'
 
 
@@ -557,7 +560,8 @@ def test_own_records_are_trained_on_and_evaluated_where_they_lie(
   assert 'Filling queue with 10 mine images' in run.stdout
   run = call_script(cifar10_eval, '--checkpoint_dir=%s' % (tmp_path / 'run'),
                     '--eval_dir=%s' % (tmp_path / 'eval'))
-  assert '/9 correct at step 2\n' in run.stdout and '  three ' in run.stdout
+  assert '/9 correct at step 2\n' in run.stdout
+  assert '\n  one ' in run.stdout and '\n  three ' in run.stdout
   assert contents(records_dir) == before and not (tmp_path / 'data').exists()
 
 
@@ -566,6 +570,7 @@ def test_own_records_are_trained_on_and_evaluated_where_they_lie(
     ('b.bin', b'', 'b.bin has 0 bytes'),
     ('b.bin', bytes(3073) + b'\3' + bytes(3072), 'the label 3 in record 1'),
     ('batches.meta.txt', b'one\n', 'the names of two classes'),
+    ('batches.meta.txt', b'one\none\n', 'no two alike'),
     ('batches.meta.txt', None, 'batches.meta.txt'),
     ('test_1.bin', None, r'named test\*.bin')])
 def test_own_records_with_a_flaw_are_refused_and_not_to_be_deleted(
@@ -585,6 +590,18 @@ def test_data_dir_may_itself_be_the_folder_with_the_batches(
   assert train('--max_steps=1', flag).code == 0
   assert '/70 correct at step 1\n' in evaluate(flag).stdout
   assert set(os.listdir(tmp_path / 'batches')) == set(TINY.files)
+
+
+# The console.
+
+
+@pytest.mark.parametrize('stdout', [
+    None, types.SimpleNamespace(write=len, flush=str)])
+def test_line_stays_one_line_and_needs_no_console(capsys, monkeypatch, stdout):
+  cifar10_input.say('a\nb\x9bc\u2028d\x85e')
+  assert capsys.readouterr().out == 'a b c d e\n'
+  monkeypatch.setattr(sys, 'stdout', stdout)  # Closed, and a notebook's.
+  cifar10_input.say('a')
 
 
 # Downloads. Members of archives are named as the files that come of them.
@@ -851,7 +868,7 @@ def test_where_there_are_no_locks_it_goes_on(
 def test_data_directory_that_cannot_be_used_is_named(tmp_path, monkeypatch):
   (tmp_path / 'file').write_text('mine')
   monkeypatch.chdir(tmp_path)
-  for data_dir in (tmp_path / 'file', 'ram://a', 'gs://a', 'file:///a'):
+  for data_dir in ('', tmp_path / 'file', 'ram://a', 'gs://a', 'file:///a'):
     assert '--data_dir=%s ' % data_dir in _fail(TINY, data_dir)
   assert os.listdir(tmp_path) == ['file']
 

@@ -173,7 +173,8 @@ def test_recipe_and_run_file_say_what_the_command_line_does_not(
 
 @pytest.mark.parametrize('text', [
     '', '{"flags": {"max', '[]', '{"flags": 5}',
-    '{"flags": {"max_steps": "x"}}', os.mkfifo])
+    '{"flags": {"max_steps": "x"}}', '{"flags": {}, "classes": "ab"}',
+    '[' * 99999, os.mkfifo])
 def test_run_file_that_cannot_be_used_is_named(train, evaluate, run_dir, text):
   (run_dir / 'run.json').unlink()
   if text is os.mkfifo:
@@ -523,6 +524,7 @@ def test_every_number_has_a_bound_that_tensorflow_can_carry(
     ('--data_sha256=abc', ['data_sha256', '64 hexadecimal digits']),
     ('--data_sha256=' + 64 * 'g', ['data_sha256', '64 hexadecimal digits']),
     ('--train_dir=/tmp/[1]', ['train_dir', '[ ]']),
+    ('--train_dir=', ['train_dir', 'no folder']),
     ('--use_fp16 --use_bfloat16', ['use_fp16', 'use_bfloat16']),
     ('--deterministic', ['--seed']), ('--nooverwrite=3', ['overwrite']),
     ('--nonsense=1', ['nonsense']), ('stray', ['stray']),
