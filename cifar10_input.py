@@ -32,6 +32,7 @@ import tarfile
 import threading
 import types
 import typing
+import warnings
 import zlib
 
 try:
@@ -40,9 +41,10 @@ except ImportError:  # Windows has no such locks.
   fcntl = None
 
 # What follows takes seconds, in which Ctrl-C ends a script without a traceback.
-# It does not end a notebook.
+# It does not end a notebook, nor what a shell has started with Ctrl-C ignored.
 _is_script = (hasattr(sys.modules['__main__'], '__file__')
-              and threading.current_thread() is threading.main_thread())
+              and threading.current_thread() is threading.main_thread()
+              and signal.getsignal(signal.SIGINT) != signal.SIG_IGN)
 if _is_script:
   _sigint = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -66,6 +68,9 @@ finally:
   os.close(_stderr)
   if _is_script:
     signal.signal(signal.SIGINT, _sigint)
+
+# A picture is read, or refused with an exception.
+warnings.filterwarnings('ignore', module='PIL')
 
 # Graphs, queues and sessions are what this suite teaches, so nobody needs to
 # read that TensorFlow calls them deprecated. Its step counter may read the step
@@ -115,8 +120,8 @@ def say(text, file=None):
   A line stays one line, whatever is in the names that it tells.
   """
   file = file or sys.stdout
-  encoding = file.encoding or 'utf-8'
-  text = re.sub(r'[\x00-\x1f\x7f]', ' ', text)
+  encoding = getattr(file, 'encoding', None) or 'utf-8'
+  text = re.sub('[\x00-\x1f\x7f-\x9f\u2028\u2029]', ' ', text)
   text = text.encode(encoding, 'backslashreplace').decode(encoding)
   try:
     print(text, file=file, flush=True)
@@ -180,8 +185,8 @@ def maybe_download_and_extract(dataset, data_dir, url=None):
   Raises:
     UserError: the data set is not there and cannot be had.
   """
-  if '://' in data_dir:
-    raise UserError(f'--data_dir={data_dir} is a URL: name a local folder.')
+  if not data_dir or '://' in data_dir:
+    raise UserError(f'--data_dir={data_dir} is no local folder: name one.')
   data_dir = os.path.expanduser(data_dir)
   folder = data_folder(dataset, data_dir)
 
@@ -264,7 +269,7 @@ def _lock(file, flag, wait):
     print(os.getpid(), file=file, end='', flush=True)
 
 
-def write_file(path, write):
+def write_file(path, write, is_trial=False):
   """Writes a text file, whole or not at all: `write` gets it open.
 
   It takes its name when it is complete. A UserError names a path that is in the
@@ -278,7 +283,10 @@ def write_file(path, write):
       tf.io.gfile.remove(unfinished)
     with tf.io.gfile.GFile(unfinished, 'w') as f:
       write(f)
-    tf.io.gfile.rename(unfinished, path, overwrite=True)
+    if is_trial:  # Of whether it can be done.
+      tf.io.gfile.remove(unfinished)
+    else:
+      tf.io.gfile.rename(unfinished, path, overwrite=True)
   except tf.errors.OpError as error:
     raise UserError(f'{path} cannot be written: '
                     f'{what_went_wrong(error)}') from error
@@ -403,17 +411,18 @@ def own_dataset(folder, data_dir):
   folder/test/CLASS/. A UserError says what is missing there.
   """
   names = sorted(path.name for path in pathlib.Path(folder).glob('[!.]*.bin'))
-  if not names:
+  if not names or os.path.isdir(os.path.join(folder, 'train')):
     return _own_pictures(folder, data_dir)
   tests = [name for name in names if name.startswith('test')]
   path, classes = os.path.join(folder, 'batches.meta.txt'), ()
   if os.path.isfile(path):
-    with open(path, encoding='utf-8', errors='backslashreplace') as f:
+    with open(path, encoding='utf-8-sig', errors='backslashreplace') as f:
       classes = tuple(filter(None, map(str.strip, f)))
-  if len(classes) < 2 or not tests or tests == names:
+  if (len(classes) < 2 or len(set(classes)) < len(classes) or not tests
+      or tests == names):
     raise UserError(f'--dataset={folder} needs files *.bin to train on, others '
                     'named test*.bin, and the names of two classes or more in '
-                    'batches.meta.txt, each in a line of its own.')
+                    'batches.meta.txt, no two alike, a line each.')
   return _counted(Dataset(
       name=folder, title=os.path.basename(folder), folder=folder,
       train_files={name: None for name in names if name not in tests},
@@ -535,6 +544,8 @@ def read_picture(path):
                             else 'no such file')
   with PIL.Image.open(path) as image:
     upright = PIL.ImageOps.exif_transpose(image)
+    if upright.mode == 'F' or upright.mode == 'I' and image.format == 'TIFF':
+      raise ValueError('it has 32 bits a pixel, and nothing says what is white')
     if upright.mode.startswith('I'):  # 16 bits, of which 8 are enough.
       upright = PIL.Image.fromarray(
           (np.asarray(upright) >> 8).astype(np.uint8))
@@ -740,7 +751,7 @@ def check_files(dataset, folder, files):
       raise UserError(f'{path} {flaw}.')  # A reader's own data.
     if flaw:
       raise UserError(
-          f'{path} {flaw}: delete {folder} and start again to get it anew.')
+          f'{path} {flaw}: delete it and start again to get it anew.')
   return paths
 
 

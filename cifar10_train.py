@@ -22,9 +22,8 @@ import sys
 import threading
 import time
 
+import cifar10_input  # First: Ctrl-C is without traceback, TensorFlow quiet.
 import numpy as np
-
-import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
 import tensorflow.compat.v1 as tf
 from tensorboard.plugins.hparams import api as hparams
 from tensorboard.plugins.text import summary_v2 as text
@@ -133,6 +132,9 @@ def run_training(build, examples, task=None):
     The exit code: 0, or 128 and the number of the signal.
   """
   task = task or Task()
+  if run_folder(FLAGS.train_dir) != FLAGS.train_dir:
+    raise UserError(f'--train_dir={FLAGS.train_dir} is a checkpoint: name its '
+                    'folder.')
   with (cifar10_input.locked(FLAGS.train_dir, 'train_dir') if task.is_chief
         else contextlib.nullcontext()):
     checkpoint = _checkpoint_to_continue()
@@ -378,13 +380,16 @@ def read_run(folder):
     values = dict(run['flags'])
     values['started'] = run.get('started')
     if 'classes' in run:
+      if not isinstance(run['classes'], list):
+        raise ValueError('classes is not a list')
       values['classes'] = tuple(map(str, run['classes']))
     if not isinstance(values.get('max_steps', 0), int):
       raise ValueError('max_steps is not a whole number')
     return values
   except tf.errors.NotFoundError:
     return {}
-  except (tf.errors.OpError, ValueError, KeyError, TypeError) as error:
+  except (tf.errors.OpError, ValueError, KeyError, TypeError,
+          RecursionError) as error:
     raise UserError(f'{path} cannot be used ({what_went_wrong(error)}): mend '
                     'it, or remove it and give the run\'s flags.') from error
 
@@ -424,7 +429,7 @@ def adopt_run(folder, names):
   if not FLAGS['use_fp16'].present and not FLAGS['use_bfloat16'].present:
     names += ('use_fp16', 'use_bfloat16')
   for name in names:
-    if name in run and not FLAGS[name].present:
+    if run.get(name) is not None and not FLAGS[name].present:
       try:
         FLAGS.set_default(name, run[name])
       except flags.Error as error:
@@ -446,9 +451,12 @@ _FILE = re.compile(
 
 def run_folder(path):
   """Returns the folder of a run, of which a path may name one checkpoint."""
-  is_checkpoint = (_FILE.fullmatch(os.path.basename(path) + '.index')
-                   and tf.io.gfile.exists(path + '.index'))
-  return os.path.dirname(path) if is_checkpoint else path
+  if (not _FILE.fullmatch(os.path.basename(path) + '.index')
+      or tf.io.gfile.isdir(path)):
+    return path
+  if not tf.io.gfile.exists(path + '.index'):
+    raise UserError(f'there is no checkpoint {path}.')
+  return os.path.dirname(path)
 
 
 def checkpoints(path):
@@ -487,6 +495,8 @@ def _find_flaw(checkpoint):
     # The reader's own errors do not tell a file that is refused from a bad one.
     for path in (checkpoint + '.index',
                  *tf.io.gfile.glob(checkpoint + '.data-*')):
+      if os.path.exists(path) and not os.path.isfile(path):
+        return f'{path} is no regular file'  # A pipe would never end.
       tf.io.gfile.GFile(path, 'rb').read(1)
     reader = tf.train.NewCheckpointReader(checkpoint)
     for name in reader.get_variable_to_shape_map():
@@ -593,7 +603,7 @@ class FolderParser(flags.ArgumentParser):
       path = path.removeprefix('localhost')
       if not path.startswith('/'):
         raise ValueError('file:// needs an absolute path')
-    if scheme and not path.strip('/'):
+    if not argument or scheme and not path.strip('/'):
       raise ValueError('names no folder')
     if scheme not in ('', 'file'):
       return argument
@@ -809,12 +819,11 @@ def handling_signals(handler):
 
   earlier = {}
   if threading.current_thread() is threading.main_thread():
-    signums = [signal.SIGINT, signal.SIGTERM]
-    # Windows has no SIGHUP, and nohup ignores it with reason.
-    sighup = getattr(signal, 'SIGHUP', None)
-    if sighup and signal.getsignal(sighup) != signal.SIG_IGN:
-      signums.append(sighup)
-    earlier = {s: signal.signal(s, handle_once) for s in signums}
+    signums = {signal.SIGINT, signal.SIGTERM,
+               getattr(signal, 'SIGHUP', signal.SIGTERM)}  # Not on Windows.
+    # What is ignored is so with reason: by nohup, or behind a script's `&`.
+    earlier = {s: signal.signal(s, handle_once) for s in signums
+               if signal.getsignal(s) != signal.SIG_IGN}
   try:
     yield
   finally:

@@ -53,8 +53,9 @@ PRECISION_LINE = re.compile(
     r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}: precision @ 1 = ([01]\.\d{3})')
 CORRECT_LINE = re.compile(r'(\d+)/(\d+) correct at step (\d+)')
 
-# nohup ignores SIGHUP, also in what is started below it.
+# nohup ignores SIGHUP, and a script's `&` SIGINT, also in what runs below them.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A test that hangs ends the run after so long, and the rest with it.
 _HANG_SECS = 240

@@ -51,9 +51,11 @@ def save(tmp_path):
   """Function that adds a checkpoint to a run, and what its trainer tells."""
   def save(step, averages, variables=None, **run):
     with tf.Graph().as_default(), tf.Session() as session:
-      for name, value in averages.items():
-        tf.get_variable(name, initializer=(variables or averages)[name])
-        tf.get_variable(name + '/ExponentialMovingAverage', initializer=value)
+      for name, value in (variables or averages).items():
+        tf.get_variable(name, initializer=value)
+        if averages:
+          tf.get_variable(name + '/ExponentialMovingAverage',
+                          initializer=averages[name])
       tf.get_variable('total_loss/avg', initializer=4.6)
       tf.get_variable('global_step', initializer=np.int64(step))
       session.run(tf.global_variables_initializer())
@@ -285,6 +287,29 @@ def test_each_checkpoint_is_evaluated_once_up_to_that_of_the_last_step(
           if tag == 'Precision @ 1'] == steps
 
 
+def test_run_that_is_overwritten_under_its_evaluator_is_read_anew(
+    evaluate, save, monkeypatch):
+  save(1, always(0), max_steps=3)
+  while_it_waits(monkeypatch, lambda: save(
+      2, opinionated(image_size=28), image_size=28, max_steps=2))
+  run = evaluate('--eval_interval_secs=0')
+  assert (run.code, run.stderr) == (0, '')
+  assert '/70 correct at step 2\n' in run.stdout
+
+
+def test_checkpoint_dir_may_name_one_checkpoint(evaluate, save, tmp_path):
+  older = save(1, always(3))
+  newer = save(2, always(5), max_steps=9)
+  flag = '--checkpoint_dir=%s' % older
+  assert read_outcome(evaluate(flag))['step'] == 1  # It ends, and waits not.
+  write_picture(tmp_path / 'a.png', np.zeros([32, 32, 3]))
+  run = evaluate(flag, '--predict=%s' % (tmp_path / 'a.png'))
+  assert 'a.png: %s ' % TINY.classes[3] in run.stdout
+  run = evaluate(flag, '--export_dir=%s' % (tmp_path / 'model'))
+  assert run.stdout == 'Exported %s to %s.\n' % (older, tmp_path / 'model')
+  assert is_one_line(evaluate('--checkpoint_dir=%s9' % newer), newer + '9')
+
+
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGHUP'])
 def test_run_without_an_end_is_evaluated_until_a_signal_comes(
     evaluate, save, monkeypatch, name):
@@ -308,6 +333,13 @@ def test_checkpoint_of_another_network_is_explained_in_one_line(evaluate, save):
   del values['local4/weights']
   save(2, values)
   assert is_one_line(evaluate('--run_once'), 'local4', 'is missing there')
+
+
+def test_checkpoint_without_averages_names_the_flag_that_does_without(
+    evaluate, save):
+  save(1, averages={}, variables=always(3))
+  assert is_one_line(evaluate('--run_once'), '--nouse_moving_average')
+  assert evaluate('--run_once', '--nouse_moving_average').code == 0
 
 
 def test_eval_dir_that_is_a_file_is_refused(evaluate, save, tmp_path):
@@ -359,10 +391,14 @@ np.testing.assert_allclose(
 """
 
 
-def test_folder_that_is_not_there_is_told_before_the_evaluation(
-    evaluate, tmp_path):
-  path = tmp_path / 'none' / 'predictions.csv'
-  assert is_one_line(evaluate('--predictions_csv=%s' % path), path, 'make that')
+@pytest.mark.parametrize('name', ['none/table.csv', 'file/table.csv', 'pipe'])
+def test_table_that_cannot_be_written_is_told_before_the_evaluation(
+    evaluate, save, tmp_path, name):
+  save(1, always(0))
+  (tmp_path / 'file').touch()
+  os.mkfifo(tmp_path / 'pipe')
+  run = evaluate('--run_once', '--predictions_csv=%s' % (tmp_path / name))
+  assert is_one_line(run, tmp_path / name) and run.stdout == ''
 
 
 def test_prediction_and_exported_model_say_what_evaluation_says(
@@ -395,12 +431,13 @@ def test_pictures_of_any_size_are_predicted_and_others_named(
     evaluate, save, tmp_path):
   save(1, always(4))
   paths = [tmp_path / name for name in (
-      '1.png', '300.jpg', '500.png', 'broken.png', 'none.png')]
+      'mine/1,1.png', 'mine/a/300.jpg', '500.png', 'broken.png', 'none.png')]
   random = np.random.default_rng(0)
   for path, shape in zip(paths, [(1, 1, 3), (300, 20, 3), (17, 500, 3)]):
     write_picture(path, random.integers(0, 256, shape))
   paths[3].write_bytes(b'no picture')
-  run = evaluate('--predict=%s' % paths[0], *map(str, paths[1:]))
+  write_picture(tmp_path / 'mine/.thumbnails/1.png', np.zeros([9, 9, 3]))
+  run = evaluate('--predict=%s' % (tmp_path / 'mine'), *map(str, paths[2:]))
   assert run.code == 1
   sure = np.e / (np.e + 9)
   for path, line in zip(paths[:3], run.stdout.splitlines(), strict=True):
@@ -408,3 +445,5 @@ def test_pictures_of_any_size_are_predicted_and_others_named(
         re.escape(str(path)), TINY.classes[4], sure, (1 - sure) / 9), line)
   broken, none = run.stderr.splitlines()
   assert 'broken.png: ' in broken and 'none.png' in none
+  (tmp_path / 'empty').mkdir()
+  assert is_one_line(evaluate('--predict=%s' % (tmp_path / 'empty')), 'empty')

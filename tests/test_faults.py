@@ -70,6 +70,7 @@ DAMAGE = {
     'one byte short': lambda path: os.truncate(path, path.stat().st_size - 1),
     'empty': lambda path: os.truncate(path, 0),
     'gone': lambda path: path.unlink(),
+    'a pipe': lambda path: _replace(path, os.mkfifo),
     'not a number': _save_nan,
     'first byte flipped': lambda path: _flip(path, 0),
     'middle byte flipped': lambda path: _flip(path, 0.5),
@@ -116,6 +117,22 @@ def test_training_and_evaluation_pass_over_a_damaged_checkpoint(
     assert '%s is damaged' % (run_dir / 'model.ckpt-11') in run.stderr
     assert 'at step 0\n' in run.stdout or printed_steps(run.stdout) == [0, 1]
   assert (run_dir / DATA).exists()
+
+
+@pytest.mark.parametrize('name', [DATA, INDEX])
+def test_checkpoint_that_may_not_be_read_is_not_called_damaged(
+    run_dir, monkeypatch, capsys, name):
+  run_dir.chmod(0o755)
+  monkeypatch.chdir(run_dir)  # The folders above are closed to others.
+  os.chmod(name, 0)
+  try:
+    if not os.geteuid():
+      os.seteuid(65534)  # Root may read everything.
+    with pytest.raises(tf.errors.PermissionDeniedError, match=name):
+      cifar10_train.latest_checkpoint('.')
+  finally:
+    os.seteuid(os.getuid())
+  assert 'damaged' not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -182,6 +199,13 @@ def test_train_dir_that_is_a_file_is_refused_in_one_line(train, tmp_path):
   assert (tmp_path / 'run').read_text() == 'mine'
 
 
+def test_train_dir_that_is_a_checkpoint_is_refused_in_one_line(train, run_dir):
+  before = contents(run_dir)
+  run = train('--train_dir=%s' % (run_dir / 'model.ckpt-11'))
+  assert is_one_line(run, 'model.ckpt-11 is a checkpoint: name its folder')
+  assert contents(run_dir) == before
+
+
 def _replace(path, make):
   shutil.rmtree(path) if path.is_dir() else path.unlink()
   make(path)
@@ -221,6 +245,15 @@ def test_export_that_finds_no_room_leaves_nothing_behind(
   assert [path.name for path in small_disk.iterdir()] == ['filler']
 
 
+def test_evaluation_whose_events_find_no_room_fails_in_one_line(
+    evaluate, small_disk, trained):
+  with contextlib.suppress(OSError):
+    (small_disk / 'filler').write_bytes(bytes(20 << 20))
+  run = evaluate('--checkpoint_dir=%s' % trained.train_dir, '--run_once',
+                 '--eval_dir=%s' % (small_disk / 'eval'))
+  assert is_one_line(run, 'No space left')
+
+
 def test_full_disk_ends_the_run_and_costs_no_earlier_checkpoint(
     train, small_disk):
   run = train('--max_steps=2')
@@ -248,6 +281,36 @@ def test_full_disk_under_the_event_file_costs_no_checkpoint(
   in_step(6, filler.unlink)
   assert train('--max_steps=9', '--save_summary_steps=1').code == 0
   assert newest_step(small_disk) == 9
+
+
+def test_file_that_finds_no_room_leaves_the_old_one_whole(small_disk):
+  path = small_disk / 'run.json'
+  path.write_text('old')
+  with contextlib.suppress(OSError):
+    (small_disk / 'filler').write_bytes(bytes(20 << 20))
+  with pytest.raises(cifar10_input.UserError, match='%s cannot be' % path):
+    cifar10_input.write_file(str(path), lambda f: f.write('new' * 9999))
+  assert path.read_text() == 'old'
+
+
+@pytest.mark.parametrize('make', [
+    os.mkfifo, os.mkdir, lambda path: path.symlink_to('../mine')])
+def test_what_is_no_file_is_neither_replaced_nor_followed(tmp_path, make):
+  (tmp_path / 'mine').write_text('mine')
+  (tmp_path / 'run').mkdir()
+  path = tmp_path / 'run' / 'table.csv'
+  make(path)
+  with pytest.raises(cifar10_input.UserError, match='%s is no reg' % path):
+    cifar10_input.write_file(str(path), lambda f: f.write('x'))
+  make(tmp_path / 'run' / '.train_dir.lock')
+  with pytest.raises(cifar10_input.UserError, match='cannot be written to'):
+    with cifar10_input.locked(str(tmp_path / 'run'), 'train_dir'):
+      pass
+  (tmp_path / 'run' / 'new.csv.tmp').symlink_to('../mine')
+  cifar10_input.write_file(
+      str(tmp_path / 'run' / 'new.csv'), lambda f: f.write('x'))
+  assert (tmp_path / 'run' / 'new.csv').read_text() == 'x'
+  assert (tmp_path / 'mine').read_text() == 'mine'
 
 
 def test_read_only_train_dir_is_found_before_training(train, small_disk):
@@ -344,9 +407,10 @@ def test_signal_ends_training_after_the_step_it_came_in(
   assert newest_step(tmp_path / 'run') == 3
 
 
-def test_signal_that_is_ignored_stays_so(train, in_step):
-  signal.signal(signal.SIGHUP, signal.SIG_IGN)  # As nohup does.
-  in_step(2, lambda: os.kill(os.getpid(), signal.SIGHUP))
+@pytest.mark.parametrize('signum', [signal.SIGHUP, signal.SIGINT])
+def test_signal_that_is_ignored_stays_so(train, in_step, signum):
+  signal.signal(signum, signal.SIG_IGN)  # As nohup does, and a script's `&`.
+  in_step(2, lambda: os.kill(os.getpid(), signum))
   assert train('--max_steps=3').code == 0
 
 
@@ -366,6 +430,20 @@ def test_second_signal_ends_the_process_at_once(start_script, tmp_path):
     wait_until(process, lambda: said in process.stdout_path.read_text())
     process.send_signal(signal.SIGTERM)
   assert finish(process).code == -signal.SIGTERM
+
+
+@pytest.mark.parametrize('module', ['numpy', 'tensorflow'])
+def test_ctrl_c_in_the_first_seconds_ends_without_a_traceback(
+    start_script, tmp_path, module):
+  package = tmp_path / module
+  package.mkdir()
+  (package / '__init__.py').write_text(
+      'import time; print("importing"); time.sleep(60)')
+  process = start_script('cifar10_train', PYTHONPATH=str(tmp_path))
+  wait_until(process, lambda: process.stdout_path.read_text())
+  process.send_signal(signal.SIGINT)
+  run = finish(process)
+  assert (run.code, run.stderr) == (-signal.SIGINT, '')
 
 
 def test_closed_console_ends_training_with_a_checkpoint(command, tmp_path):

@@ -35,6 +35,7 @@ import cifar10_eval
 import cifar10_input
 import cifar10_train
 import fuzz
+import pictures
 from cifar10_input import CIFAR10, IMAGE_SIZE, SVHN, SYNTHETIC, UserError, tf
 
 
@@ -319,22 +320,28 @@ def test_fit_leaves_what_has_the_right_size_and_else_is_an_antialiased_resize():
       fitted, np.rint(resized[:, :, 8:40].transpose(0, 3, 1, 2)), atol=1)
 
 
-def test_svhn_is_converted_from_matlab(tmp_path, monkeypatch):
+def test_svhn_is_had_from_a_mirror_and_converted_from_matlab(
+    tmp_path, monkeypatch):
   scipy_io = pytest.importorskip('scipy.io')
   random = np.random.default_rng(0)
   images = random.integers(0, 256, (32, 32, 3, 20), np.uint8)
   labels = random.integers(1, 11, (20, 1)).astype(np.uint8)
+  mirror, data_dir = tmp_path / 'mirror', tmp_path / 'data'
+  mirror.mkdir()
   for name in ('train_32x32.mat', 'test_32x32.mat'):
-    scipy_io.savemat(tmp_path / name, {'X': images, 'y': labels})
+    scipy_io.savemat(mirror / name, {'X': images, 'y': labels})
   svhn = dataclasses.replace(
       SVHN, train_files={'train_32x32.bin': 20},
       eval_files={'test_32x32.bin': 20}, downloads={
-          url: _sha256((tmp_path / os.path.basename(url)).read_bytes())
+          url: _sha256((mirror / os.path.basename(url)).read_bytes())
           for url in SVHN.downloads})
+  url = mirror.as_uri()
   with monkeypatch.context() as patch:
     patch.setitem(sys.modules, 'scipy', None)
-    assert 'pip install scipy' in _fail(svhn, tmp_path)
-  folder = _get(svhn, tmp_path)
+    assert 'pip install scipy' in _fail(svhn, data_dir, url=url)
+  assert '--data_sha256' in _fail(svhn, data_dir, url=url, sha256=64 * '0')
+  assert contents(data_dir) == {}
+  folder = _get(svhn, data_dir, url=url)
   for path in cifar10_input.check_files(svhn, folder, svhn.files):
     records = np.fromfile(path, np.uint8).reshape(20, 3073)
     np.testing.assert_array_equal(records[:, 0], labels[:, 0] % 10)
@@ -358,6 +365,7 @@ def pictures_dir(tmp_path):
           encoded = session.run(encoders[i % 2](picture))
         (folder / ('%d.picture' % i)).write_bytes(encoded)
   (tmp_path / 'mine' / 'train' / 'dark' / 'broken.png').write_text('nothing')
+  (tmp_path / 'mine' / 'model.bin').write_text('no records')
   return tmp_path / 'mine'
 
 
@@ -401,7 +409,8 @@ def test_checkpoints_alone_predict_and_export_what_they_were_trained_on(
   run = call_script(cifar10_eval, *flags, '--predict=%s' % (
       moved / 'test' / 'light' / '0.picture'))
   assert (run.code, run.stderr) == (0, '')
-  assert 'light 0.' in run.stdout and 'dark 0.' in run.stdout
+  assert re.search(r' light [01]\.', run.stdout)
+  assert re.search(r' dark [01]\.', run.stdout)
   assert call_script(cifar10_eval, *flags, '--export_dir=%s' % (
       tmp_path / 'model')).code == 0
   assert not (tmp_path / 'none').exists()
@@ -446,35 +455,17 @@ def test_renamed_class_is_refused_in_training_and_evaluation(
     assert is_one_line(run, 'classes dark, light', 'light, night')
 
 
-@pytest.mark.parametrize('orientation', range(1, 9))
-def test_photo_stands_upright_whatever_its_orientation(tmp_path, orientation):
-  upright = PIL.Image.fromarray(
-      np.arange(32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8))
-  transposed = PIL.Image.Transpose
-  turn = [None, transposed.FLIP_LEFT_RIGHT, transposed.ROTATE_180,
-          transposed.FLIP_TOP_BOTTOM, transposed.TRANSPOSE,
-          transposed.ROTATE_90, transposed.TRANSVERSE,
-          transposed.ROTATE_270][orientation - 1]
-  stored = upright if turn is None else upright.transpose(turn)
-  exif = PIL.Image.Exif()
-  exif[0x0112] = orientation
-  stored.save(tmp_path / 'photo.png', exif=exif)
-  np.testing.assert_array_equal(
-      cifar10_input.read_picture(tmp_path / 'photo.png'),
-      np.moveaxis(np.asarray(upright), 2, 0))
-
-
-@pytest.mark.parametrize('mode', ['1', 'L', 'P', 'RGB', 'RGBA', 'I;16'])
-def test_pictures_of_all_depths_are_what_they_look_like(tmp_path, mode):
-  grey = np.arange(32 * 32).reshape(32, 32) % 256
-  if mode == 'I;16':
-    picture = PIL.Image.fromarray((grey * 257).astype(np.uint16))
-  else:
-    picture = PIL.Image.fromarray(grey.astype(np.uint8)).convert(mode)
-  picture.save(tmp_path / 'picture.png')
-  expected = 255 * (np.asarray(picture) > 0) if mode == '1' else grey
-  for plane in cifar10_input.read_picture(tmp_path / 'picture.png'):
-    np.testing.assert_array_equal(plane, expected)
+def test_pictures_of_all_kinds_are_what_they_look_like_or_refused(tmp_path):
+  shown = pictures.make(tmp_path)
+  assert len(shown) > 55
+  for name, pixels in shown.items():
+    if pixels is not None:
+      read = np.moveaxis(cifar10_input.read_picture(tmp_path / name), 0, 2)
+      lossy = name.endswith(('.jpg', '.avif')) or name.startswith('lossy')
+      assert abs(read.astype(int) - pixels).max() <= 20 * lossy, name
+    elif name != 'secret.png' or os.geteuid():  # Root may read everything.
+      with pytest.raises(Exception):
+        cifar10_input.read_picture(tmp_path / name)
 
 
 def test_skipped_files_are_told_with_their_true_fault(
@@ -497,6 +488,26 @@ def test_skipped_files_are_told_with_their_true_fault(
     line, = re.findall(r'Skipped \S+/dark/%s: .*' % name, output)
     assert fault in line
   assert 'hidden' not in output and 'small' not in output
+
+
+def test_classes_of_any_name_are_told_on_an_ascii_console(
+    pictures_dir, tmp_path, call_script, monkeypatch):
+  for part in ('train', 'test'):
+    folder = pictures_dir / part
+    (folder / 'dark').rename(folder / 'd\udcffrk\nest')
+    (folder / 'light').rename(folder / 'h\xe4us')
+  monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(
+      open(1, 'wb', closefd=False), encoding='ascii'))
+  flags = '--batch_size=4', '--data_dir=%s' % (tmp_path / 'data')
+  run = call_script(cifar10_train, '--dataset=%s' % pictures_dir, *flags,
+                    '--max_steps=1', '--train_dir=%s' % (tmp_path / 'run'))
+  assert (run.code, run.stderr) == (0, '')
+  run = call_script(
+      cifar10_eval, '--checkpoint_dir=%s' % (tmp_path / 'run'), *flags,
+      '--eval_dir=%s' % (tmp_path / 'eval'))
+  assert (run.code, run.stderr) == (0, '')
+  assert re.search(r'^  d\\xffrk est +\d', run.stdout, re.MULTILINE)
+  assert re.search(r'^  h\\xe4us +\d', run.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize('spoil, complaint', [
@@ -522,6 +533,75 @@ def test_folder_without_pictures_is_explained_in_one_line(tmp_path):
     folder = str(tmp_path / str(i))
     with pytest.raises(UserError, match=r'^--dataset=%s .*\Z' % folder):
       cifar10_input.own_dataset(folder, str(tmp_path / 'data'))
+
+
+# Own records.
+
+
+@pytest.fixture
+def records_dir(tmp_path):
+  """A folder with a reader's own records, of three classes."""
+  write_random(dataclasses.replace(
+      TINY, train_files={'a.bin': 20, 'b.bin': 7}, eval_files={'test_1.bin': 9},
+      classes=('one', 'two', 'three')), tmp_path / 'mine')
+  (tmp_path / 'mine' / 'batches.meta.txt').write_text(
+      '\ufeffone\ntwo\n\nthree\n')  # As an editor of Windows saves it.
+  return tmp_path / 'mine'
+
+
+def test_own_records_are_trained_on_and_evaluated_where_they_lie(
+    records_dir, tmp_path, call_script):
+  before = contents(records_dir)
+  run = call_script(
+      cifar10_train, '--dataset=%s' % records_dir, '--batch_size=4',
+      '--data_dir=%s' % (tmp_path / 'data'), '--max_steps=2',
+      '--train_dir=%s' % (tmp_path / 'run'))
+  assert (run.code, run.stderr) == (0, '')
+  assert 'Filling queue with 10 mine images' in run.stdout
+  run = call_script(cifar10_eval, '--checkpoint_dir=%s' % (tmp_path / 'run'),
+                    '--eval_dir=%s' % (tmp_path / 'eval'))
+  assert '/9 correct at step 2\n' in run.stdout
+  assert '\n  one ' in run.stdout and '\n  three ' in run.stdout
+  assert contents(records_dir) == before and not (tmp_path / 'data').exists()
+
+
+@pytest.mark.parametrize('name, content, complaint', [
+    ('a.bin', bytes(3072), 'a.bin has 3072 bytes, not a multiple of 3073'),
+    ('b.bin', b'', 'b.bin has 0 bytes'),
+    ('b.bin', bytes(3073) + b'\3' + bytes(3072), 'the label 3 in record 1'),
+    ('batches.meta.txt', b'one\n', 'the names of two classes'),
+    ('batches.meta.txt', b'one\none\n', 'no two alike'),
+    ('batches.meta.txt', None, 'batches.meta.txt'),
+    ('test_1.bin', None, r'named test\*.bin')])
+def test_own_records_with_a_flaw_are_refused_and_not_to_be_deleted(
+    records_dir, tmp_path, name, content, complaint):
+  (records_dir / name).unlink()
+  if content is not None:
+    (records_dir / name).write_bytes(content)
+  with pytest.raises(UserError, match=complaint) as error:
+    cifar10_input.own_dataset(str(records_dir), str(tmp_path))
+  assert not re.search('delete|\n', str(error.value))
+
+
+def test_data_dir_may_itself_be_the_folder_with_the_batches(
+    train, evaluate, tiny_dir, tmp_path):
+  flag = '--data_dir=%s' % shutil.copytree(
+      tiny_dir / TINY.folder, tmp_path / 'batches')
+  assert train('--max_steps=1', flag).code == 0
+  assert '/70 correct at step 1\n' in evaluate(flag).stdout
+  assert set(os.listdir(tmp_path / 'batches')) == set(TINY.files)
+
+
+# The console.
+
+
+@pytest.mark.parametrize('stdout', [
+    None, types.SimpleNamespace(write=len, flush=str)])
+def test_line_stays_one_line_and_needs_no_console(capsys, monkeypatch, stdout):
+  cifar10_input.say('a\nb\x9bc\u2028d\x85e')
+  assert capsys.readouterr().out == 'a b c d e\n'
+  monkeypatch.setattr(sys, 'stdout', stdout)  # Closed, and a notebook's.
+  cifar10_input.say('a')
 
 
 # Downloads. Members of archives are named as the files that come of them.
@@ -785,7 +865,7 @@ def test_where_there_are_no_locks_it_goes_on(
 def test_data_directory_that_cannot_be_used_is_named(tmp_path, monkeypatch):
   (tmp_path / 'file').write_text('mine')
   monkeypatch.chdir(tmp_path)
-  for data_dir in (tmp_path / 'file', 'ram://a', 'gs://a', 'file:///a'):
+  for data_dir in ('', tmp_path / 'file', 'ram://a', 'gs://a', 'file:///a'):
     assert '--data_dir=%s ' % data_dir in _fail(TINY, data_dir)
   assert os.listdir(tmp_path) == ['file']
 

@@ -1,8 +1,14 @@
 """cifar10_train.py: what a run prints and leaves, how it goes on, its flags."""
+import importlib
+import itertools
 import json
 import os
 import re
+import runpy
+import shutil
+import signal
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -12,8 +18,8 @@ import cifar10_eval
 import cifar10_multi_gpu_train
 import cifar10_train
 from conftest import (
-    FLAGS, SCRIPTS, STEP_LINE, TINY, contents, events, finish, is_one_line,
-    newest_step, parse_flags, printed_steps, tf)
+    FLAGS, ROOT, SCRIPTS, STEP_LINE, TINY, contents, events, finish,
+    is_one_line, newest_step, parse_flags, printed_steps, tf)
 
 LAYERS = ('conv1', 'conv2', 'local3', 'local4', 'softmax_linear')
 
@@ -118,12 +124,13 @@ def test_speed_is_the_mean_over_the_steps_since_the_last_line(
 
 
 @pytest.mark.parametrize('flags, complaint', [
-    ([], r'the loss at step [1-4] is not finite'),
+    ([], 'the loss at step [1-4] is not finite'),
     (['--save_summary_steps=1'], 'a gradient is not finite')])
 def test_loss_that_is_not_a_number_ends_the_run_in_one_line(
     train, tmp_path, flags, complaint):
   run = train('--max_steps=10', '--learning_rate=1e30', *flags)
-  assert is_one_line(run) and re.match('script.py: ' + complaint, run.stderr)
+  assert is_one_line(run, 'finite: lower --learning_rate (now 1e+30)')
+  assert re.match('script.py: ' + complaint, run.stderr)
   assert newest_step(tmp_path / 'run') == 0
 
 
@@ -179,9 +186,14 @@ def test_recipe_and_run_file_say_what_the_command_line_does_not(
 
 @pytest.mark.parametrize('text', [
     '', '{"flags": {"max', '[]', '{"flags": 5}',
-    '{"flags": {"max_steps": "x"}}'])
+    '{"flags": {"max_steps": "x"}}', '{"flags": {}, "classes": "ab"}',
+    '[' * 99999, os.mkfifo])
 def test_run_file_that_cannot_be_used_is_named(train, evaluate, run_dir, text):
-  (run_dir / 'run.json').write_text(text)
+  (run_dir / 'run.json').unlink()
+  if text is os.mkfifo:
+    os.mkfifo(run_dir / 'run.json')
+  else:
+    (run_dir / 'run.json').write_text(text)
   for run in (train('--max_steps=12'), evaluate('--run_once')):
     assert is_one_line(run, run_dir / 'run.json')
 
@@ -299,6 +311,78 @@ def test_checkpoint_of_another_network_is_refused_in_one_line(
   before = contents(tmp_path / 'run')
   assert is_one_line(train('--max_steps=9'), complaint)
   assert contents(tmp_path / 'run') == before
+
+
+def test_step_is_what_the_name_of_a_checkpoint_says(train, evaluate, run_dir):
+  (run_dir / 'run.json').unlink()
+  reader = tf.train.load_checkpoint(str(run_dir / 'model.ckpt-11'))
+  for dtype in None, np.float32:  # The original's multi-GPU script has float32.
+    with tf.Graph().as_default(), tf.Session() as session:
+      for name in reader.get_variable_to_shape_map():
+        if name != 'global_step':
+          tf.get_variable(name, initializer=reader.get_tensor(name))
+      if dtype:
+        tf.get_variable('global_step', initializer=dtype(3))
+      session.run(tf.global_variables_initializer())
+      tf.train.Saver().save(session, str(run_dir / 'model.ckpt'), 20)
+    run = evaluate('--run_once', '--num_examples=8')
+    assert 'correct at step 20\n' in run.stdout
+  run = train('--max_steps=22')
+  assert (run.code, printed_steps(run.stdout)) == (0, [20, 21])
+  assert '%s has no run.json' % run_dir in run.stdout
+
+
+# Programs that use it.
+
+
+def _run_file(path, monkeypatch, *flags):
+  """Runs a script as a notebook's %run does. Returns its exit code."""
+  monkeypatch.setattr(sys, 'argv', [str(path), *flags])
+  with tf.Graph().as_default(), pytest.raises(SystemExit) as end:
+    runpy.run_path(str(path), run_name='__main__')
+  return end.value.code or 0
+
+
+def test_renamed_script_that_runs_again_in_a_process_has_its_own_flags_only(
+    tiny_flags, tmp_path, monkeypatch, capfd):
+  path = shutil.copy(ROOT / 'cifar10_train.py', tmp_path / 'my_train.py')
+  flags = [*tiny_flags, '--train_dir=%s' % (tmp_path / 'run'), '--max_steps=1']
+  assert _run_file(path, monkeypatch, *flags, '--recipe=fast', '--seed=1',
+                   '--batch_size=251') == 1
+  assert _run_file(path, monkeypatch, *flags) == 0
+  run = cifar10_train.read_run(str(tmp_path / 'run'))
+  given = {'classes': TINY.classes, 'max_steps': 1, 'batch_size': 8,
+           **{name: run[name] for name in ('dataset', 'data_dir', 'train_dir')}}
+  assert run == {**DEFAULTS[cifar10_train], 'help': False, **given}
+  capfd.readouterr()
+  assert _run_file(path, monkeypatch, '--help') == 0
+  assert _listed_flags(capfd.readouterr().out) == {
+      *DEFAULTS[cifar10_train], 'help'}
+  assert _run_file(path, monkeypatch, '--num_gpus=2') == 2
+  assert capfd.readouterr().err.startswith('my_train.py: ')
+  assert _run_file(ROOT / 'cifar10_eval.py', monkeypatch, '--seed=1') == 2
+
+
+def test_train_works_in_any_thread_and_gives_signal_handlers_back(
+    tiny_flags, tmp_path):
+  handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+  flags = [*tiny_flags, '--train_dir=%s' % (tmp_path / 'run')]
+  parse_flags(cifar10_train, *flags, '--max_steps=1')
+  codes = [cifar10_train.train()]
+  parse_flags(cifar10_train, *flags, '--max_steps=2')
+  thread = threading.Thread(target=lambda: codes.append(cifar10_train.train()))
+  thread.start()
+  thread.join()
+  assert codes == [0, 0] and newest_step(tmp_path / 'run') == 2
+  assert handlers == [
+      signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_arguments_of_a_notebook_kernel_are_not_for_us(monkeypatch):
+  monkeypatch.setattr(
+      sys, 'argv', ['/lib/ipykernel_launcher.py', '-f', 'kernel.json'])
+  importlib.reload(cifar10)
+  assert sys.argv == ['/lib/ipykernel_launcher.py']
 
 
 # Folders that are URLs.
@@ -432,18 +516,32 @@ def test_number_has_to_be_whole_and_positive(call_script, script, name):
         call_script(script, '--%s=%s' % (name, value)), name, value)
 
 
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_every_number_has_a_bound_that_tensorflow_can_carry(
+    call_script, script):
+  parse_flags(script)
+  kinds = {name: FLAGS[name].parser for name in DEFAULTS[script]}
+  for kind, values in ((tf.flags.IntegerParser, [2 ** 31, 10 ** 30]), (
+      tf.flags.FloatParser, ['nan', '-inf', 'Infinity', '1e999'])):
+    names = [name for name in kinds if isinstance(kinds[name], kind)]
+    assert names or script is cifar10_eval
+    for name, value in itertools.product(names, values):
+      assert _is_refused(
+          call_script(script, '--%s=%s' % (name, value)), name, str(value))
+
+
 @pytest.mark.parametrize('flags, parts', [
-    ('--seed=x', ['seed', 'x']), ('--seed=1' + 30 * '0', ['seed']),
-    ('--use_fp16=maybe', ['use_fp16', 'maybe']),
-    ('--learning_rate=nan', ['learning_rate', 'nan']),
-    ('--weight_decay=inf', ['weight_decay', 'inf']),
+    ('--seed=x', ['seed', 'x']), ('--use_fp16=maybe', ['use_fp16', 'maybe']),
     ('--dataset=mnist', ['dataset', 'cifar10, cifar100, cifar100_coarse']),
     ('--data_url=ftp://x', ['data_url', 'https://']),
     ('--train_dir=/tmp/[1]', ['train_dir', '[ ]']),
+    ('--train_dir=', ['train_dir', 'no folder']),
     ('--use_fp16 --use_bfloat16', ['use_fp16', 'use_bfloat16']),
     ('--deterministic', ['--seed']), ('--nooverwrite=3', ['overwrite']),
     ('--nonsense=1', ['nonsense']), ('stray', ['stray']),
-    ('--data_dir', ['data_dir'])])
+    ('--data_dir', ['data_dir']), ('--train_dir=/tmp/\udcff', ['not UTF-8']),
+    *(('--' + name, [name]) for name in (  # Of absl, which starts no script.
+        'only_check_args', 'pdb', 'helpfull', 'helpshort', 'version'))])
 def test_flags_that_make_no_sense_are_explained_in_one_line(
     call_script, flags, parts):
   assert _is_refused(call_script(cifar10_train, *flags.split()), *parts)
