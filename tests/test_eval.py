@@ -233,6 +233,7 @@ def test_progress_is_a_bar_on_a_terminal_and_else_a_line_at_times(
   now = [0]
   monkeypatch.setattr(cifar10_eval.time, 'monotonic', lambda: now[0])
   monkeypatch.setattr(sys.stdout, 'isatty', lambda: is_terminal)
+  tf.keras.utils.enable_interactive_logging()  # A download may have ended it.
   progress = cifar10_eval.Progress(1000)
   for done in 200, 600, 800, 1000:
     progress.show(done)

@@ -339,7 +339,6 @@ def test_svhn_is_had_from_a_mirror_and_converted_from_matlab(
   with monkeypatch.context() as patch:
     patch.setitem(sys.modules, 'scipy', None)
     assert 'pip install scipy' in _fail(svhn, data_dir, url=url)
-  assert '--data_sha256' in _fail(svhn, data_dir, url=url, sha256=64 * '0')
   assert contents(data_dir) == {}
   folder = _get(svhn, data_dir, url=url)
   for path in cifar10_input.check_files(svhn, folder, svhn.files):

@@ -352,7 +352,8 @@ def test_renamed_script_that_runs_again_in_a_process_has_its_own_flags_only(
   assert _run_file(path, monkeypatch, *flags) == 0
   run = cifar10_train.read_run(str(tmp_path / 'run'))
   given = {'classes': TINY.classes, 'max_steps': 1, 'batch_size': 8,
-           **{name: run[name] for name in ('dataset', 'data_dir', 'train_dir')}}
+           **{name: run[name] for name in (
+               'dataset', 'data_dir', 'train_dir', 'started')}}
   assert run == {**DEFAULTS[cifar10_train], 'help': False, **given}
   capfd.readouterr()
   assert _run_file(path, monkeypatch, '--help') == 0
