@@ -354,7 +354,7 @@ def _draw_confusion(confusion, classes):
 
 
 def _draw_mistakes(mistakes, classes):
-  """Draws images, [height, width, depth] each, with what they were taken for."""
+  """Draws images [height, width, depth], with what they were taken for."""
   width, height, side = 150, 170, 128
   picture = PIL.Image.new('RGB', [5 * width, 2 * height], 'white')
   draw = PIL.ImageDraw.Draw(picture)

@@ -308,11 +308,12 @@ class LoggerHook(tf.train.SessionRunHook):
       raise _not_finite(f'the loss at step {step}')
     if step < self._next_line:
       return
-    secs = (time.monotonic() - self._last_time) / max(1, self.step - self._last_line)
+    now = time.monotonic()
+    secs = (now - self._last_time) / max(1, self.step - self._last_line)
     say(f'{datetime.now()}: step {step}, loss = {loss_value:.2f} '
         f'({self._examples_per_step / secs:.1f} examples/sec; '
         f'{secs:.3f} sec/batch)')
-    self._last_line, self._last_time = self.step, time.monotonic()
+    self._last_line, self._last_time = self.step, now
     self._next_line = (step // FLAGS.log_frequency + 1) * FLAGS.log_frequency
     self._tell_time_left(secs)
 
@@ -353,7 +354,7 @@ def _script_flags():
 
 
 def _show_run(step):
-  """Shows flags and versions in TensorBoard, and hyper-parameters to compare."""
+  """Shows flags and versions in TensorBoard, hyper-parameters to compare."""
   rows = [f'| --{flag.name} | {flag.value} |' for flag in sorted(
       _script_flags(), key=lambda flag: (not flag.present, flag.name))]
   rows += [f'| {name} | {version} |' for name, version in _VERSIONS.items()]
@@ -361,8 +362,9 @@ def _show_run(step):
   names = sorted(
       {'dataset', 'model', 'recipe'}.union(*cifar10.RECIPES.values()))
   writer = tf.summary.FileWriterCache.get(FLAGS.train_dir)
+  values = {name: FLAGS[name].value for name in names}
   for shown in (text.text_pb('configuration', table),
-                hparams.hparams_pb({name: FLAGS[name].value for name in names})):
+                hparams.hparams_pb(values)):
     writer.add_summary(shown.SerializeToString(), step)
 
 
@@ -439,7 +441,7 @@ def adopt_run(folder, names):
   return run
 
 
-# Where evaluation writes, below the folder of the run: so TensorBoard shows both.
+# Where evaluation writes, below the folder of a run: TensorBoard shows both.
 EVAL_FOLDER = 'eval'
 
 # What a run leaves, and what a save that was killed had not renamed yet.

@@ -40,7 +40,8 @@ def test_run_prints_the_lines_that_people_parse_and_no_others(trained):
         float(match[4]), rel=0.02, abs=0.001)
   assert re.fullmatch(
       r'Trained up to step 11 in 0:0\d:\d\d\. To evaluate it: python '
-      'cifar10_eval.py --run_once --checkpoint_dir=%s' % trained.train_dir, done)
+      'cifar10_eval.py --run_once --checkpoint_dir=%s' % trained.train_dir,
+      done)
 
 
 def test_run_leaves_a_checkpoint_that_the_original_can_load(trained):
