@@ -96,11 +96,14 @@ class UserError(ValueError):
   """A mistake that the user can mend. Its text is one line that says how."""
 
 
+speaker = ''  # What each line begins with: in a cluster, the task's name.
+
+
 def say(text, file=None):
   """Prints a line. A console that was closed does not end the program."""
   file = file or sys.stdout
   try:
-    print(text, file=file, flush=True)
+    print(speaker + text, file=file, flush=True)
   except OSError as error:
     if error.errno in (errno.EPIPE, errno.EIO):
       with open(os.devnull, 'w') as devnull:

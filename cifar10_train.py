@@ -117,6 +117,11 @@ class Task:
   def is_chief(self):
     return self.worker == 0
 
+  def steps_done(self, train_op, global_step):
+    """Returns the number of steps after a step, a scalar int64."""
+    with tf.name_scope('train/'), tf.control_dependencies([train_op]):
+      return tf.identity(global_step.read_value(), name='steps_done')
+
 
 def run_training(build, examples, task=None):
   """Trains until --max_steps, or until something else ends it.
@@ -135,6 +140,8 @@ def run_training(build, examples, task=None):
     checkpoint = _checkpoint_to_continue()
     if checkpoint and _is_trained(checkpoint):
       return 0
+    if not task.is_chief:
+      checkpoint = None  # The chief restores it, and may remove it.
     dataset = prepare_dataset()
     if checkpoint:
       check_classes(FLAGS.train_dir, dataset)
@@ -159,14 +166,13 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
   global_step = tf.train.get_or_create_global_step()
   train_op, loss = build(
       dataset, training_recipe(dataset, examples_per_step), global_step)
-  with tf.name_scope('train/'), tf.control_dependencies([train_op]):
-    steps_done = tf.identity(global_step.read_value(), name='steps_done')
   if checkpoint:
     check_checkpoint(checkpoint, {v.op.name: v for v in tf.global_variables()})
   if task.is_chief:
     _tidy_train_dir()
     write_run(dataset)
-  logger = LoggerHook(loss, steps_done, examples_per_step, FLAGS.log_frequency)
+  logger = LoggerHook(loss, task.steps_done(train_op, global_step),
+                      examples_per_step, FLAGS.log_frequency)
   signals = []  # Those that came.
   try:
     with _session(checkpoint, task, logger) as session:
@@ -174,7 +180,7 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
       while not session.should_stop() and not signals:
         session.run(train_op)
   except (tf.errors.OpError, ValueError) as error:
-    _explain(error, dataset)
+    _explain(error, dataset, task)
     raise
   if signals and logger.step < FLAGS.max_steps:
     saved = ' with a checkpoint' if task.is_chief else ''
@@ -213,14 +219,14 @@ def _session(checkpoint, task, logger):
   else:
     creator = tf.train.WorkerSessionCreator(scaffold, task.target, task.config)
   with tf.name_scope('session'):  # One box in TensorBoard's graph.
-    return tf.train.MonitoredSession(creator, [*hooks, *task.hooks])
+    return tf.train.MonitoredSession(creator, [*task.hooks, *hooks])
 
 
-def _explain(error, dataset):
+def _explain(error, dataset, task):
   """Raises a UserError instead, if the cause of an error is known."""
   cifar10_input.check_files(
       dataset, cifar10.data_folder(dataset), dataset.train_files)
-  if not tf.io.gfile.isdir(FLAGS.train_dir):
+  if task.is_chief and not tf.io.gfile.isdir(FLAGS.train_dir):
     raise UserError(
         f'--train_dir={FLAGS.train_dir} is no folder any more.') from error
   # "Nan in summary histogram for: X", or "Infinity in Histogram for: X".
