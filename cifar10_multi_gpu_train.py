@@ -369,9 +369,10 @@ class Cluster(cifar10_train.Task):
       code = 128 + self.signal
     elif code == 1 and 'end' in self._chiefs_words():
       code, message = self._chiefs_words()['end']
-    elif self.worker > 0 and max(cifar10_train.checkpoints(
-        FLAGS.train_dir), default=0) >= FLAGS.max_steps:
-      code, message = 0, None  # It slept while the others came to the end.
+    elif code == 1 and self.worker > 0 and max(
+        cifar10_train.checkpoints(FLAGS.train_dir), default=0
+    ) >= FLAGS.max_steps:  # It was stopped while the others ended.
+      code, message = 0, None
     # A chief that is stopped is started again.
     self.words = {'end': [code, message and f'the chief: {message}']} if (
         self.is_chief and code in (0, 1)) else {}
