@@ -221,11 +221,12 @@ class Cluster(cifar10_train.Task):
     self._leaving = threading.Event()
     self._device = '/job:%s/task:%d' % task
     self.hook = StepHook(self)
+    self._server = _start_server(jobs, task, self.names[task])
     super().__init__(
         # A ps is no worker, and so not the chief.
         worker=-1 if job == 'ps' else self.workers.index(task),
         num_workers=len(self.workers) if FLAGS.sync_replicas else 1,
-        target=_start_server(jobs, task, self.names[task]).target,
+        target=self._server.target,
         device=tf.train.replica_device_setter(
             worker_device=self._device, cluster=jobs),
         hooks=(self.hook,),
@@ -338,9 +339,8 @@ class Cluster(cifar10_train.Task):
       self._look_around()
 
   def _look_around(self):
-    # To count instead of reading a clock leaves out the time in which this
-    # process was stopped itself.
-    # The workers are heard of through the first server only.
+    # Counted, not read from a clock, which goes on when this process is
+    # stopped. Of the workers nobody hears while the first server is silent.
     heard = self._silence[self._servers[0]] < 3
     for task in self._silence:
       self._silence[task] += heard or task in self._servers

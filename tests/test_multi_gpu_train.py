@@ -260,7 +260,8 @@ def test_two_machines_with_64_images_learn_as_one_with_128(constant_input):
       thread.start()
     for thread in threads:
       thread.join(60)
-  assert server.target
+  for task in (server, *tasks):
+    task._leaving.set()  # Its threads end.
   _assert_learned(*values)
 
 
@@ -268,8 +269,8 @@ def test_task_that_never_comes_is_named(monkeypatch, capsys):
   parse_flags(cifar10_multi_gpu_train)
   monkeypatch.setattr(cifar10_multi_gpu_train, 'TIMEOUT_SECS', 9)
   jobs = _jobs()
-  _server, chief = (cifar10_multi_gpu_train.Cluster(jobs, job, 0)
-                    for job in ('ps', 'chief'))
+  server, chief = (cifar10_multi_gpu_train.Cluster(jobs, job, 0)
+                   for job in ('ps', 'chief'))
   ends = []
   monkeypatch.setattr(chief, '_leave', lambda *end: ends.append(end))
   name = 'worker 0 at ' + jobs['worker'][0]
@@ -280,6 +281,8 @@ def test_task_that_never_comes_is_named(monkeypatch, capsys):
   assert capsys.readouterr().out == 'Waiting for %s.\n' % name
   chief._look_around()
   assert ends == [(1, '%s has not answered for 9 seconds.' % name)]
+  for task in (server, chief):
+    task._leaving.set()  # Its threads end.
 
 
 class Tasks:
