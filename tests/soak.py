@@ -185,7 +185,27 @@ def train_on_cluster(args, folder, faults, chance):
       assert cluster.steps()[0] == saved, (cluster.steps()[0], saved)
   assert set(cluster.codes(secs=3600).values()) == {0}, cluster.codes()
   assert newest_step(cluster.train_dir) == args.steps
+  cluster.start(WORKER)
+  assert cluster.codes([WORKER]) == {WORKER: 0}  # It comes too late.
   return evaluate(cluster.train_dir)
+
+
+def stop_one_and_end_the_others(args, folder):
+  """A signal must end any task, even if another does not answer."""
+  for stopped in TASKS:
+    cluster = Cluster(folder, ['--data_dir=' + args.data_dir, *args.flags,
+                               '--log_frequency=1'])
+    cluster.start(*TASKS)
+    cluster.go_on()
+    cluster.processes[stopped].send_signal(signal.SIGSTOP)
+    others = [job for job in TASKS if job != stopped]
+    for job in others:
+      cluster.processes[job].send_signal(signal.SIGTERM)
+    codes = cluster.codes(others, secs=20)
+    print('%s stopped, the others end with %s' % (stopped, codes), flush=True)
+    assert set(codes.values()) == {143}
+    cluster.processes[stopped].kill()
+    cluster.processes[stopped].wait()
 
 
 def main():
@@ -203,6 +223,8 @@ def main():
   parser.add_argument('flags', nargs='*', help='of the trainer')
   args = parser.parse_args()
   chance = random.Random(args.seed)
+  if args.cluster:
+    stop_one_and_end_the_others(args, pathlib.Path(args.work_dir) / 'stopped')
   for name, kills in [('left_alone', 0), ('killed', args.kills)]:
     precision = (train_on_cluster if args.cluster else train)(
         args, pathlib.Path(args.work_dir) / name, kills, chance)

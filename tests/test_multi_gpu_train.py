@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from conftest import (
-    ROOT, TINY, events, forgotten_flags, newest_step, parse_flags, printed_steps,
-    run_queues, tf)
+    ROOT, TINY, events, forgotten_flags, newest_step, parse_flags,
+    printed_steps, run_queues, tf)
 
 import cifar10
 import cifar10_multi_gpu_train
