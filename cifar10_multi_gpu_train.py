@@ -498,7 +498,10 @@ class StepHook(tf.train.SessionRunHook):
     start, workers = time.time(), range(self._cluster.num_workers)
     while True:
       self._cluster.check()
-      tickets = self._table.read(session)
+      try:
+        tickets = self._table.read(session)
+      except (tf.errors.AbortedError, tf.errors.UnavailableError):
+        tickets = {}  # If the server is gone, the cluster's watch says so.
       if self._cluster.is_chief:
         if all(tickets.get(i) == self._number for i in workers):
           self._number += 1
