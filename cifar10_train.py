@@ -119,6 +119,11 @@ class Task:
   def is_chief(self):
     return self.worker == 0
 
+  def steps_done(self, train_op, global_step):
+    """Returns the number of steps after a step, a scalar int64."""
+    with tf.name_scope('train/'), tf.control_dependencies([train_op]):
+      return tf.identity(global_step.read_value(), name='steps_done')
+
 
 def run_training(build, examples, task=None):
   """Trains until --max_steps, or until something else ends it.
@@ -140,6 +145,8 @@ def run_training(build, examples, task=None):
     checkpoint = _checkpoint_to_continue()
     if checkpoint and _is_trained(checkpoint):
       return 0
+    if not task.is_chief:
+      checkpoint = None  # The chief restores it, and may remove it.
     dataset = prepare_dataset()
     if checkpoint:
       check_classes(FLAGS.train_dir, dataset)
@@ -165,15 +172,14 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
   global_step = tf.train.get_or_create_global_step()
   train_op, loss = build(
       dataset, training_recipe(dataset, examples_per_step), global_step)
-  with tf.name_scope('train/'), tf.control_dependencies([train_op]):
-    steps_done = tf.identity(global_step.read_value(), name='steps_done')
   if checkpoint:
     check_checkpoint(checkpoint, _restored_variables())
   if task.is_chief:
     _tidy_train_dir()
     write_run(dataset)
     _show_run(step_of(checkpoint) if checkpoint else 0)
-  logger = LoggerHook(loss, steps_done, examples_per_step)
+  logger = LoggerHook(
+      loss, task.steps_done(train_op, global_step), examples_per_step)
   signals, start_time = [], time.monotonic()  # The signals that came.
   try:
     with contextlib.ExitStack() as until_saved:
@@ -183,7 +189,7 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
         while not session.should_stop() and not signals:
           session.run(train_op)
   except (tf.errors.OpError, ValueError) as error:
-    _explain(error, dataset)
+    _explain(error, dataset, task)
     raise
   if signals and logger.step < FLAGS.max_steps:
     saved = ' with a checkpoint' if task.is_chief else ''
@@ -227,7 +233,7 @@ def _session(checkpoint, task, logger):
   else:
     creator = tf.train.WorkerSessionCreator(scaffold, task.target, task.config)
   with tf.name_scope('session'):  # One box in TensorBoard's graph.
-    return tf.train.MonitoredSession(creator, [*hooks, *task.hooks])
+    return tf.train.MonitoredSession(creator, [*task.hooks, *hooks])
 
 
 def _restored_variables():
@@ -253,11 +259,11 @@ def _restoring_scaffold(checkpoint, saver):
   return tf.train.Scaffold(init_op=tf.no_op(), init_fn=restore, saver=saver)
 
 
-def _explain(error, dataset):
+def _explain(error, dataset, task):
   """Raises a UserError instead, if the cause of an error is known."""
   cifar10_input.check_files(
       dataset, cifar10.data_folder(dataset), dataset.train_files)
-  if not tf.io.gfile.isdir(FLAGS.train_dir):
+  if task.is_chief and not tf.io.gfile.isdir(FLAGS.train_dir):
     raise UserError(
         f'--train_dir={FLAGS.train_dir} is no folder any more.') from error
   # "Nan in summary histogram for: X", or "Infinity in Histogram for: X".
