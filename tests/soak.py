@@ -222,6 +222,8 @@ def main():
   parser.add_argument('--cluster', action='store_true')
   parser.add_argument('flags', nargs='*', help='of the trainer')
   args = parser.parse_args()
+  # A script's `&` ignores SIGINT, also in what runs below it.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   chance = random.Random(args.seed)
   if args.cluster:
     stop_one_and_end_the_others(args, pathlib.Path(args.work_dir) / 'stopped')
