@@ -117,12 +117,11 @@ def distorted_inputs(dataset=None, batch_size=None, **options):
   """Builds the input of training, from --data_dir.
 
   Args:
-    dataset: the `cifar10_input.Dataset`; by default CIFAR-10, or what the
-      constants of a script describe.
+    dataset: the `cifar10_input.Dataset`; by default CIFAR-10, or what a script
+      has put in its place, see `cifar10_input.described_dataset`.
     batch_size: images a batch; by default --batch_size.
     **options: of `cifar10_input.distorted_inputs`, which says what it returns.
   """
-  dataset = dataset or _described_dataset()
   images, labels = cifar10_input.distorted_inputs(
       data_folder(dataset), batch_size or FLAGS.batch_size, dataset, **options)
   _image_summary('images', images)
@@ -137,22 +136,16 @@ def inputs(eval_data, dataset=None, **options):
     dataset: as for `distorted_inputs`.
     **options: of `cifar10_input.inputs`, which says what it returns.
   """
-  dataset = dataset or _described_dataset()
   images, labels = cifar10_input.inputs(
       eval_data, data_folder(dataset), FLAGS.batch_size, dataset, **options)
   _image_summary('images', images)
   return images, labels
 
 
-def _described_dataset():
-  return cifar10_input.described_dataset(
-      NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN,
-      NUM_EXAMPLES_PER_EPOCH_FOR_EVAL)
-
-
-def data_folder(dataset):
-  """Returns where the files of a data set lie."""
-  return cifar10_input.data_folder(dataset, FLAGS.data_dir)
+def data_folder(dataset=None):
+  """Returns where the files of a data set, by default CIFAR-10, lie."""
+  return cifar10_input.data_folder(
+      dataset or cifar10_input.CIFAR10, FLAGS.data_dir)
 
 
 # The network.

@@ -709,27 +709,17 @@ DATASETS = {dataset.name: dataset
                             SYNTHETIC)}
 
 
-def described_dataset(*constants):
-  """Returns CIFAR-10, or what a script has made of it by setting constants.
+def described_dataset():
+  """Returns CIFAR-10, or what a script has put in its place.
 
-  Those are the numbers of classes, of examples to train on and to evaluate on
-  in another module; for one that is still CIFAR-10's, this module's counts. If
-  any differs, the files of CIFAR-10 may have any number of records.
+  Its files may have any number of records, as no check knows how many, and this
+  module's constants tell the rest.
   """
-  published = 10, 50000, 10000
-  ours = (NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN,
-          NUM_EXAMPLES_PER_EPOCH_FOR_EVAL)
-  chosen = tuple(
-      their if their != default else our
-      for their, default, our in zip(constants or published, published, ours))
-  if chosen == published:
-    return CIFAR10
-  num_classes, num_train_examples, _ = chosen
   return dataclasses.replace(
       CIFAR10, train_files=dict.fromkeys(CIFAR10.train_files),
       eval_files=dict.fromkeys(CIFAR10.eval_files),
-      classes=tuple(map(str, range(num_classes))),
-      examples_per_epoch=num_train_examples)
+      classes=tuple(map(str, range(NUM_CLASSES))),
+      examples_per_epoch=NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN, make=None)
 
 
 # Reading it.
@@ -747,11 +737,9 @@ def check_files(dataset, folder, files):
       flaw = _find_flaw(path, dataset)
     except OSError as error:
       raise UserError(f'{path} cannot be read: {error.strerror}.') from error
-    if flaw and (not dataset.make or None in dataset.files.values()):
-      raise UserError(f'{path} {flaw}.')  # A reader's own data.
-    if flaw:
-      raise UserError(
-          f'{path} {flaw}: delete it and start again to get it anew.')
+    if flaw:  # To delete a reader's own data is no advice.
+      advice = ': delete it and start again to get it anew'
+      raise UserError(f'{path} {flaw}{advice if dataset.make else ""}.')
   return paths
 
 
@@ -941,7 +929,7 @@ def distorted_inputs(
   Args:
     data_dir: folder with the data set's files.
     batch_size: images a batch.
-    dataset: the `Dataset`; by default what this module's constants describe.
+    dataset: the `Dataset`; by default see `described_dataset`.
     image_size: pixels of each side to leave; by default IMAGE_SIZE.
     min_fraction_of_examples_in_queue: how much of an epoch stays in the shuffle
       queue.
