@@ -140,7 +140,7 @@ class Dataset:
   """
   name: str          # What --dataset calls it.
   title: str         # What the console calls its images.
-  folder: str        # Where its files lie below the data directory.
+  folder: str        # Where its files lie, below the data directory or anywhere.
   train_files: dict  # Records in each file to train on, by file name. None
                      # stands for any number.
   eval_files: dict   # The same for the files to evaluate on.
@@ -209,12 +209,14 @@ def data_folder(dataset, data_dir):
   """Returns the folder of a data set's files, which need not be there yet.
 
   It is below `data_dir`, unless that is itself the folder that has them all.
+  A reader's own records stay where they are.
   """
   data_dir = os.path.expanduser(data_dir)
   paths = {name: os.path.join(data_dir, name) for name in dataset.files}
-  if all(os.path.isfile(path) and dataset.files[name]
-         and os.path.getsize(path) == dataset.size_bytes(name)
-         for name, path in paths.items()):
+  if not os.path.isabs(dataset.folder) and all(
+      os.path.isfile(path) and dataset.files[name]
+      and os.path.getsize(path) == dataset.size_bytes(name)
+      for name, path in paths.items()):
     return data_dir
   return os.path.join(data_dir, dataset.folder)
 
@@ -234,7 +236,8 @@ def locked(folder, flag, wait=False):
     tf.io.gfile.makedirs(folder)
     lock = contextlib.nullcontext()
     if fcntl and '://' not in folder:
-      lock = open(path, 'a+', opener=_open_no_link)
+      lock = open(path, 'a+', opener=lambda path, flags: os.open(
+          path, flags | os.O_NOFOLLOW, 0o666))
   except (OSError, tf.errors.OpError) as error:
     raise UserError(f'{flag} cannot be written to: '
                     f'{what_went_wrong(error)}') from error
@@ -242,10 +245,6 @@ def locked(folder, flag, wait=False):
     if file:
       _lock(file, flag, wait)
     yield
-
-
-def _open_no_link(path, flags):
-  return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _lock(file, flag, wait):
@@ -265,8 +264,8 @@ def _lock(file, flag, wait):
         'process writes to it.')
     return
   with contextlib.suppress(OSError):  # A full disk can do without the number.
-    file.truncate(0)
-    print(os.getpid(), file=file, end='', flush=True)
+    os.truncate(file.fileno(), 0)
+    os.write(file.fileno(), b'%d' % os.getpid())
 
 
 def write_file(path, write, is_trial=False):
@@ -431,60 +430,52 @@ def own_dataset(folder, data_dir):
 
 def _counted(dataset, folder):
   """Returns a data set with the numbers of records that its files have now."""
+  def count(files):
+    return {name: os.path.getsize(os.path.join(folder, name))
+                  // dataset.record_bytes for name in files}
+
   check_files(dataset, folder, dataset.files)
-
-  def count(name):
-    size_bytes = os.path.getsize(os.path.join(folder, name))
-    return size_bytes // dataset.record_bytes
-
   return dataclasses.replace(
-      dataset,
-      train_files={name: count(name) for name in dataset.train_files},
-      eval_files={name: count(name) for name in dataset.eval_files})
+      dataset, train_files=count(dataset.train_files),
+      eval_files=count(dataset.eval_files))
 
 
 def _own_pictures(folder, data_dir):
-  classes = _class_folders(os.path.join(folder, 'train'))
-  tested = _class_folders(os.path.join(folder, 'test'))
+  """Returns the `Dataset` of pictures, which are converted if need be."""
+  paths = {(part, name): files_at(os.path.join(folder, part, name))
+           for part in ('train', 'test')
+           for name in _class_folders(os.path.join(folder, part))}
+  # In the same order whatever the language.
+  classes = sorted({name for _, name in paths}, key=os.fsencode)
+  if not 2 <= len(classes) <= 256:  # The label of a record is one byte.
+    raise UserError(f'--dataset={folder} has {len(classes)} classes of pictures '
+                    'in train/CLASS/ and test/CLASS/, not 2 to 256.')
+  for name in classes:
+    if not paths.get(('train', name)):
+      raise UserError(f'--dataset={folder} has no files in train/{name}.')
+    if not paths.get(('test', name)):
+      say(f'{folder} has no files in test/{name}: that class is not evaluated.')
   listing = [
       (part, label, path, *_size_and_time(path))
-      for part, names in (('train', classes), ('test', tested))
-      for label, name in enumerate(classes) if name in names
-      for path in files_at(os.path.join(folder, part, name))]
-  if len(classes) < 2 or {row[0] for row in listing} != {'train', 'test'}:
-    raise UserError(f'--dataset={folder} needs pictures in train/CLASS/ and '
-                    'test/CLASS/, of two classes or more.')
-  if len(classes) > 256:
-    raise UserError(f'--dataset={folder} has {len(classes)} classes, but the '
-                    'label of a record is one byte: at most 256.')
-  for name in set(tested) - set(classes):
-    raise UserError(f'--dataset={folder} has test/{name}, but no train/{name}.')
-  for label, name in enumerate(classes):
-    if not any(row[:2] == ('train', label) for row in listing):
-      raise UserError(f'--dataset={folder} has no files in train/{name}.')
-    if name not in tested:
-      say(f'{folder} has no test/{name}: that class is not evaluated.')
+      for part in ('train', 'test') for label, name in enumerate(classes)
+      for path in paths.get((part, name), [])]
   # Another listing is another data set, and its records have another folder.
   digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
   title = os.path.basename(folder)
   dataset = Dataset(
       name=folder, title=title, folder=f'{title}-{digest}',
       train_files={'train.bin': None}, eval_files={'test.bin': None},
-      classes=tuple(map(_in_utf8, classes)),
+      # The names may be any bytes.
+      classes=tuple(os.fsencode(name).decode('utf-8', 'backslashreplace')
+                    for name in classes),
       make=functools.partial(_convert_pictures, listing))
   return _counted(dataset, maybe_download_and_extract(dataset, data_dir))
 
 
-def _in_utf8(name):
-  """Returns the name of a file, which may be any bytes, as one can write it."""
-  return os.fsencode(name).decode('utf-8', 'backslashreplace')
-
-
 def _class_folders(folder):
   names = os.listdir(folder) if os.path.isdir(folder) else []
-  return sorted((name for name in names if not name.startswith('.')
-                 and os.path.isdir(os.path.join(folder, name))),
-                key=os.fsencode)  # The same order whatever the language.
+  return [name for name in names if not name.startswith('.')
+          and os.path.isdir(os.path.join(folder, name))]
 
 
 def files_at(path):
@@ -497,13 +488,13 @@ def files_at(path):
 
   if not os.path.isdir(path):
     return [path]
-  start = pathlib.Path(path).resolve()
-  paths, seen = [], {str(start), *map(str, start.parents)}
+  paths, seen = [], set(map(str, pathlib.Path(path).resolve().parents))
   for root, folders, names in os.walk(path, onerror=refuse, followlinks=True):
-    folders[:] = [
-        name for name in sorted(folders) if not name.startswith('.')
-        and os.path.realpath(os.path.join(root, name)) not in seen]
-    seen.update(os.path.realpath(os.path.join(root, name)) for name in folders)
+    if os.path.realpath(root) in seen:
+      folders.clear()
+      continue
+    seen.add(os.path.realpath(root))
+    folders[:] = sorted(name for name in folders if not name.startswith('.'))
     paths += [os.path.join(root, name) for name in sorted(names)
               if not name.startswith('.')]
   return paths
@@ -517,20 +508,22 @@ def _size_and_time(path):
 def _convert_pictures(listing, dataset, downloads, folder):
   """Writes the records of picture files."""
   say(f'Converting {len(listing)} pictures of {dataset.name}')
-  for part in ('train', 'test'):
+  for part in ('test', 'train'):
     rows = [row for row in listing if row[0] == part]
     count = 0
     with open(os.path.join(folder, part + '.bin'), 'wb') as f:
       for _, label, path, *_ in rows:
         try:
-          f.write(bytes([label]) + read_picture(path).tobytes())
-          count += 1
+          picture = read_picture(path)
         except Exception as error:  # Pillow has one for each kind of damage.
           say(f'Skipped {path}: {what_went_wrong(error)}')
-    say(f'{count} of {len(rows)} files to {part} with are pictures.')
+          continue
+        f.write(bytes([label]) + picture.tobytes())
+        count += 1
     if not count:
       raise UserError(f'--dataset={dataset.name} has no picture that can be '
                       f'read in {part}/.')
+    say(f'{count} of {len(rows)} files to {part} with are pictures.')
 
 
 def read_picture(path):
