@@ -26,7 +26,6 @@ import re
 import shutil
 import signal
 import socket
-import stat
 import sys
 import tarfile
 import threading
@@ -88,8 +87,8 @@ HEIGHT, WIDTH, DEPTH = 32, 32, 3
 # in training, the central one in evaluation.
 IMAGE_SIZE = 24
 
-# What CIFAR-10 has. A script with data of its own may set these three, and
-# IMAGE_SIZE, before it builds its input, which reads them then.
+# What CIFAR-10 has. A script with data of its own may set these and IMAGE_SIZE
+# before it builds its input, which reads them then.
 NUM_CLASSES = 10
 NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = 50000
 NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = 10000
@@ -131,94 +130,14 @@ def say(text, file=None):
         os.dup2(devnull.fileno(), file.fileno())
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
-  """The description of a data set in CIFAR-10's binary format.
-
-  A record is `label_bytes` bytes, one of which is the label, and then the
-  picture: its red, its green and its blue plane, each row by row.
-  """
-  name: str          # What --dataset calls it.
-  title: str         # What the console calls its images.
-  folder: str        # Where its files lie, below the data directory or anywhere.
-  train_files: dict  # Records in each file to train on, by file name. None
-                     # stands for any number.
-  eval_files: dict   # The same for the files to evaluate on.
-  classes: tuple     # The name of each label.
-  label_bytes: int = 1
-  label_byte: int = 0  # Which of them is the label.
-  examples_per_epoch: int = 0  # Of training; 0 for all that train_files have.
-  downloads: dict = dataclasses.field(default_factory=dict)  # SHA-256 by URL.
-  make: object = None  # Function of the data set, its downloads and a folder
-                       # that writes the files there. A reader's own files have
-                       # none.
-  needs: str = ''      # The package that it takes to make them.
-
-  @property
-  def record_bytes(self):
-    return self.label_bytes + HEIGHT * WIDTH * DEPTH
-
-  @property
-  def files(self):
-    return {**self.train_files, **self.eval_files}
-
-  @property
-  def num_train_examples(self):
-    return self.examples_per_epoch or sum(self.train_files.values())
-
-  def size_bytes(self, name):
-    return self.files[name] * self.record_bytes
+def what_went_wrong(error):
+  """Returns what an error says in one line, without TensorFlow's stack."""
+  message = getattr(error, 'message', None) or str(error) or repr(error)
+  before_stack = re.search(r'^(.*)\n\s*\[\[\{\{node', message, re.MULTILINE)
+  return before_stack[1] if before_stack else message.splitlines()[0]
 
 
-# Getting the data.
-
-
-def maybe_download_and_extract(dataset, data_dir, url=None):
-  """Makes sure that a data set's files are there, and returns their folder.
-
-  Args:
-    dataset: the `Dataset`.
-    data_dir: local folder of all data sets; made if need be.
-    url: another address (http, https or file) of the archive; or of the folder
-      with its files, if there are several.
-
-  Raises:
-    UserError: the data set is not there and cannot be had.
-  """
-  if not data_dir or '://' in data_dir:
-    raise UserError(f'--data_dir={data_dir} is no local folder: name one.')
-  data_dir = os.path.expanduser(data_dir)
-  folder = data_folder(dataset, data_dir)
-
-  def is_there():  # `check_files` tells whether it is whole.
-    return all(os.path.exists(os.path.join(folder, name))
-               for name in dataset.files)
-
-  if not is_there():
-    with locked(data_dir, 'data_dir', wait=True):
-      try:
-        if not is_there():  # Another process may have got it meanwhile.
-          _get(dataset, folder, url)
-      except OSError as error:
-        raise UserError(f'--data_dir={data_dir} cannot hold the data set: '
-                        f'{error}') from error
-  return folder
-
-
-def data_folder(dataset, data_dir):
-  """Returns the folder of a data set's files, which need not be there yet.
-
-  It is below `data_dir`, unless that is itself the folder that has them all.
-  A reader's own records stay where they are.
-  """
-  data_dir = os.path.expanduser(data_dir)
-  paths = {name: os.path.join(data_dir, name) for name in dataset.files}
-  if not os.path.isabs(dataset.folder) and all(
-      os.path.isfile(path) and dataset.files[name]
-      and os.path.getsize(path) == dataset.size_bytes(name)
-      for name, path in paths.items()):
-    return data_dir
-  return os.path.join(data_dir, dataset.folder)
+# Folders and files that the scripts write to.
 
 
 @contextlib.contextmanager
@@ -274,7 +193,7 @@ def write_file(path, write, is_trial=False):
   It takes its name when it is complete. A UserError names a path that is in the
   way of that: a link, which may lead out of the folder, or no file.
   """
-  if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+  if os.path.islink(path) or os.path.exists(path) and not os.path.isfile(path):
     raise UserError(f'{path} is no regular file: remove it, or name another.')
   unfinished = path + '.tmp'
   try:
@@ -291,11 +210,94 @@ def write_file(path, write, is_trial=False):
                     f'{what_went_wrong(error)}') from error
 
 
-def what_went_wrong(error):
-  """Returns what an error says in one line, without TensorFlow's stack."""
-  message = getattr(error, 'message', None) or str(error) or repr(error)
-  before_stack = re.search(r'^(.*)\n\s*\[\[\{\{node', message, re.MULTILINE)
-  return before_stack[1] if before_stack else message.splitlines()[0]
+# What a data set is, and how it is had.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+  """The description of a data set in CIFAR-10's binary format.
+
+  A record is `label_bytes` bytes, one of which is the label, and then the
+  picture: its red, its green and its blue plane, each row by row.
+  """
+  name: str          # What --dataset calls it.
+  title: str         # What the console calls its images.
+  folder: str        # Where its files lie below the data directory.
+  train_files: dict  # Records in each file to train on, by file name. None
+                     # stands for any number.
+  eval_files: dict   # The same for the files to evaluate on.
+  classes: tuple     # The name of each label.
+  label_bytes: int = 1
+  label_byte: int = 0  # Which of them is the label.
+  examples_per_epoch: int = 0  # Of training; 0 for all that train_files have.
+  downloads: dict = dataclasses.field(default_factory=dict)  # SHA-256 by URL.
+  make: object = None  # Function of the data set, its downloads and a folder
+                       # that writes the files there. A reader's own files have
+                       # none.
+  needs: str = ''      # The package that it takes to make them.
+
+  @property
+  def record_bytes(self):
+    return self.label_bytes + HEIGHT * WIDTH * DEPTH
+
+  @property
+  def files(self):
+    return {**self.train_files, **self.eval_files}
+
+  @property
+  def num_train_examples(self):
+    return self.examples_per_epoch or sum(self.train_files.values())
+
+  def size_bytes(self, name):
+    return self.files[name] * self.record_bytes
+
+
+def maybe_download_and_extract(dataset, data_dir, url=None):
+  """Makes sure that a data set's files are there, and returns their folder.
+
+  Args:
+    dataset: the `Dataset`.
+    data_dir: local folder of all data sets; made if need be.
+    url: another address (http, https or file) of the archive; or of the folder
+      with its files, if there are several.
+
+  Raises:
+    UserError: the data set is not there and cannot be had.
+  """
+  if not data_dir or '://' in data_dir:
+    raise UserError(f'--data_dir={data_dir} is no local folder: name one.')
+  data_dir = os.path.expanduser(data_dir)
+  folder = data_folder(dataset, data_dir)
+
+  def is_there():  # `check_files` tells whether it is whole.
+    return all(os.path.exists(os.path.join(folder, name))
+               for name in dataset.files)
+
+  if not is_there():
+    with locked(data_dir, 'data_dir', wait=True):
+      try:
+        if not is_there():  # Another process may have got it meanwhile.
+          _get(dataset, folder, url)
+      except OSError as error:
+        raise UserError(f'--data_dir={data_dir} cannot hold the data set: '
+                        f'{error}') from error
+  return folder
+
+
+def data_folder(dataset, data_dir):
+  """Returns the folder of a data set's files, which need not be there yet.
+
+  It is below `data_dir`, unless that is itself the folder that has them all.
+  A reader's own records stay where they are.
+  """
+  data_dir = os.path.expanduser(data_dir)
+  paths = {name: os.path.join(data_dir, name) for name in dataset.files}
+  if not os.path.isabs(dataset.folder) and all(
+      os.path.isfile(path) and dataset.files[name]
+      and os.path.getsize(path) == dataset.size_bytes(name)
+      for name, path in paths.items()):
+    return data_dir
+  return os.path.join(data_dir, dataset.folder)
 
 
 def _get(dataset, folder, url):
@@ -323,7 +325,7 @@ def _get(dataset, folder, url):
 
 
 def _download(name, url, sha256, partial):
-  """Downloads a file to a folder, and puts it beside that when it is right."""
+  """Downloads a file to a folder, and moves it up from there if it is right."""
   archive = os.path.join(os.path.dirname(partial), name)
   advice = ('Name a mirror with --data_url, put the archive in place as '
             f'{archive}, or take --dataset=synthetic, which needs none.')
@@ -347,11 +349,7 @@ def _download(name, url, sha256, partial):
         ) from error
   finally:
     socket.setdefaulttimeout(timeout)
-  downloaded = os.path.join(partial, name)
-  if os.path.exists(archive):
-    os.remove(downloaded)
-  else:
-    os.replace(downloaded, archive)
+  os.replace(os.path.join(partial, name), archive)
   return archive
 
 
@@ -448,8 +446,8 @@ def _own_pictures(folder, data_dir):
   # In the same order whatever the language.
   classes = sorted({name for _, name in paths}, key=os.fsencode)
   if not 2 <= len(classes) <= 256:  # The label of a record is one byte.
-    raise UserError(f'--dataset={folder} has {len(classes)} classes of pictures '
-                    'in train/CLASS/ and test/CLASS/, not 2 to 256.')
+    raise UserError(f'--dataset={folder} has {len(classes)} classes in '
+                    'train/CLASS/ and test/CLASS/, not 2 to 256.')
   for name in classes:
     if not paths.get(('train', name)):
       raise UserError(f'--dataset={folder} has no files in train/{name}.')
@@ -526,6 +524,49 @@ def _convert_pictures(listing, dataset, downloads, folder):
     say(f'{count} of {len(rows)} files to {part} with are pictures.')
 
 
+def _write_synthetic(dataset, downloads, folder):
+  """Writes pictures of `dataset.classes`, the same ones on every machine."""
+  say(f'Generating the {dataset.name} data set.')
+  random = np.random.default_rng(seed=1)
+  for name, num_examples in dataset.files.items():
+    labels = random.integers(len(dataset.classes), size=num_examples)
+    _write_records(
+        os.path.join(folder, name), labels, _draw_shapes(random, labels))
+
+
+def _draw_shapes(random, labels):
+  """Returns a picture for each label, [n, depth, height, width], 0 to 255.
+
+  The shape has any place, size and colours, and there is much noise.
+  """
+  def uniform(low, high, *shape):
+    return random.uniform(low, high, (len(labels),) + shape)
+
+  # x and y run from -1 to 1 over the shape, which must survive a random crop.
+  radius = uniform(6, 11, 1, 1)
+  y, x = np.ogrid[-HEIGHT / 2:HEIGHT / 2, -WIDTH / 2:WIDTH / 2]
+  x, y = ((t - uniform(-4, 4, 1, 1)) / radius for t in (x, y))
+  labels = labels[:, np.newaxis, np.newaxis]
+  nearer, farther = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
+  distance = np.choose(labels % 5, [  # Less than 0.85 inside the solid shape.
+      np.hypot(x, y), farther, (nearer + farther) / 1.3,
+      np.maximum(y + 0.1, 1.7 * abs(x) - 0.9 * y),
+      np.maximum(2.8 * nearer, farther)])
+  inside = np.where(labels < 5, 0.85 - distance, 0.2 - abs(0.7 - distance))
+  shape = np.clip(inside * radius + 0.5, 0, 1)[:, np.newaxis]
+
+  colour = random.standard_normal((len(labels), 3, 1, 1))
+  colour *= uniform(40, 140, 1, 1, 1) / np.linalg.norm(colour, axis=1)[:, None]
+  light = uniform(-2, 2, 1, 1, 1) * np.arange(-WIDTH / 2, WIDTH / 2)
+  noise = uniform(10, 40, 1, 1, 1) * random.standard_normal(
+      (len(labels), DEPTH, HEIGHT, WIDTH))
+  background = uniform(0, 255, 3, 1, 1)
+  return np.clip(background + shape * colour + light + noise, 0, 255)
+
+
+# Pictures of any size, from files, and for a model that is served.
+
+
 def read_picture(path):
   """Returns a picture file as uint8 [3, 32, 32], whatever its size.
 
@@ -578,46 +619,6 @@ def _resampling(size, new_size, scale):
   distances = tf.abs(centres[:, tf.newaxis] - old)
   shares = tf.nn.relu(1 - distances * tf.minimum(scale, 1))
   return shares / tf.reduce_sum(shares, axis=1, keepdims=True)
-
-
-def _write_synthetic(dataset, downloads, folder):
-  """Writes pictures of `dataset.classes`, the same ones on every machine."""
-  say(f'Generating the {dataset.name} data set.')
-  random = np.random.default_rng(seed=1)
-  for name, num_examples in dataset.files.items():
-    labels = random.integers(len(dataset.classes), size=num_examples)
-    _write_records(
-        os.path.join(folder, name), labels, _draw_shapes(random, labels))
-
-
-def _draw_shapes(random, labels):
-  """Returns a picture for each label, [n, depth, height, width], 0 to 255.
-
-  The shape has any place, size and colours, and there is much noise.
-  """
-  def uniform(low, high, *shape):
-    return random.uniform(low, high, (len(labels),) + shape)
-
-  # x and y run from -1 to 1 over the shape, which must survive a random crop.
-  radius = uniform(6, 11, 1, 1)
-  y, x = np.ogrid[-HEIGHT / 2:HEIGHT / 2, -WIDTH / 2:WIDTH / 2]
-  x, y = ((t - uniform(-4, 4, 1, 1)) / radius for t in (x, y))
-  labels = labels[:, np.newaxis, np.newaxis]
-  nearer, farther = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
-  distance = np.choose(labels % 5, [  # Less than 0.85 inside the solid shape.
-      np.hypot(x, y), farther, (nearer + farther) / 1.3,
-      np.maximum(y + 0.1, 1.7 * abs(x) - 0.9 * y),
-      np.maximum(2.8 * nearer, farther)])
-  inside = np.where(labels < 5, 0.85 - distance, 0.2 - abs(0.7 - distance))
-  shape = np.clip(inside * radius + 0.5, 0, 1)[:, np.newaxis]
-
-  colour = random.standard_normal((len(labels), 3, 1, 1))
-  colour *= uniform(40, 140, 1, 1, 1) / np.linalg.norm(colour, axis=1)[:, None]
-  light = uniform(-2, 2, 1, 1, 1) * np.arange(-WIDTH / 2, WIDTH / 2)
-  noise = uniform(10, 40, 1, 1, 1) * random.standard_normal(
-      (len(labels), DEPTH, HEIGHT, WIDTH))
-  background = uniform(0, 255, 3, 1, 1)
-  return np.clip(background + shape * colour + light + noise, 0, 255)
 
 
 # The data sets that --dataset knows by name.
@@ -916,7 +917,8 @@ def crop_views(planes, views=CENTRAL_VIEW, image_size=None):
 
 def distorted_inputs(
     data_dir, batch_size, dataset=None, image_size=None,
-    min_fraction_of_examples_in_queue=None, deterministic=False):
+    min_fraction_of_examples_in_queue=MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
+    deterministic=False):
   """Builds the input of training: batches drawn at random, without end.
 
   Args:
@@ -938,10 +940,8 @@ def distorted_inputs(
   """
   dataset = dataset or described_dataset()
   paths = check_files(dataset, data_dir, dataset.train_files)
-  min_fraction = min_fraction_of_examples_in_queue
-  if min_fraction is None:
-    min_fraction = MIN_FRACTION_OF_EXAMPLES_IN_QUEUE
-  min_queue_examples = int(dataset.num_train_examples * min_fraction)
+  min_queue_examples = int(
+      dataset.num_train_examples * min_fraction_of_examples_in_queue)
   capacity = min_queue_examples + (1 if deterministic else 3 * batch_size)
   # The operations inside of a thread use all processors, too.
   num_threads = 1 if deterministic else max(1, os.cpu_count() // 4)
