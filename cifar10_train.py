@@ -167,8 +167,7 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
       dataset, training_recipe(dataset, examples_per_step), global_step)
   with tf.name_scope('train/'), tf.control_dependencies([train_op]):
     steps_done = tf.identity(global_step.read_value(), name='steps_done')
-  if checkpoint:
-    check_checkpoint(checkpoint, _restored_variables())
+  scaffold = _scaffold(checkpoint)  # Refuses one that does not fit.
   if task.is_chief:
     _tidy_train_dir()
     write_run(dataset)
@@ -177,7 +176,7 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
   signals, start_time = [], time.monotonic()  # The signals that came.
   try:
     with contextlib.ExitStack() as until_saved:
-      with _session(checkpoint, task, logger) as session:
+      with _session(scaffold, task, logger) as session:
         # Before, a signal ends the process.
         until_saved.enter_context(handling_signals(signals.append))
         while not session.should_stop() and not signals:
@@ -200,57 +199,48 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
   return 0
 
 
-def _session(checkpoint, task, logger):
-  """Starts a session, which first restores a checkpoint if there is one."""
+def _scaffold(checkpoint):
+  """Returns what saves checkpoints, and starts from one if there is one."""
   saver = tf.train.Saver(
       max_to_keep=FLAGS.max_to_keep,
       save_relative_paths=True)  # So that --train_dir may be moved.
-  scaffold = (_restoring_scaffold(checkpoint, saver) if checkpoint
-              else tf.train.Scaffold(saver=saver))
-  task.config.allow_soft_placement = True
-  task.config.log_device_placement = FLAGS.log_device_placement
-  hooks = [tf.train.StopAtStepHook(last_step=FLAGS.max_steps), logger]
-  if task.is_chief:
-    creator = tf.train.ChiefSessionCreator(
-        scaffold, task.target, task.config)
-    hooks += [
-        tf.train.StepCounterHook(
-            FLAGS.save_summary_steps, output_dir=FLAGS.train_dir),
-        tf.train.SummarySaverHook(
-            FLAGS.save_summary_steps, output_dir=FLAGS.train_dir,
-            scaffold=scaffold),
-        tf.train.CheckpointSaverHook(
-            FLAGS.train_dir, FLAGS.save_checkpoint_secs, scaffold=scaffold)]
-    if checkpoint:  # The saver is to remove older ones, as it adds new ones.
-      older = list(checkpoints(FLAGS.train_dir).values())
-      saver.recover_last_checkpoints(older[:older.index(checkpoint) + 1])
-  else:
-    creator = tf.train.WorkerSessionCreator(scaffold, task.target, task.config)
-  with tf.name_scope('session'):  # One box in TensorBoard's graph.
-    return tf.train.MonitoredSession(creator, [*hooks, *task.hooks])
-
-
-def _restored_variables():
-  """Returns the variables to take from a checkpoint, by their names there.
-
-  The step is not among them: the original's multi-GPU script counts in float32.
-  """
-  return {v.op.name: v for v in tf.global_variables()
-          if v is not tf.train.get_global_step()}
-
-
-def _restoring_scaffold(checkpoint, saver):
-  """Returns a `tf.train.Scaffold` that starts from a checkpoint."""
+  if not checkpoint:
+    return tf.train.Scaffold(saver=saver)
+  step = step_of(checkpoint)
+  saver.recover_last_checkpoints([  # It removes them, as it adds new ones.
+      path for older, path in checkpoints(FLAGS.train_dir).items()
+      if older <= step])
+  # All but the step, which the original's multi-GPU script counts in float32.
   global_step = tf.train.get_global_step()
+  variables = {
+      v.op.name: v for v in tf.global_variables() if v is not global_step}
+  check_checkpoint(checkpoint, variables)
   with tf.name_scope('session/'):
-    restorer = tf.train.Saver(_restored_variables(), name='restore')
+    restorer = tf.train.Saver(variables, name='restore')
 
   def restore(scaffold, session):
     restorer.restore(session, checkpoint)
     # The last one: other tasks of a cluster wait until all are initialized.
-    global_step.load(step_of(checkpoint), session)
+    global_step.load(step, session)
 
   return tf.train.Scaffold(init_op=tf.no_op(), init_fn=restore, saver=saver)
+
+
+def _session(scaffold, task, logger):
+  """Starts a session that also logs, summarizes and saves."""
+  task.config.allow_soft_placement = True
+  task.config.log_device_placement = FLAGS.log_device_placement
+  hooks = [tf.train.StopAtStepHook(last_step=FLAGS.max_steps), logger]
+  if task.is_chief:  # After the logger, which may refuse the step.
+    hooks.append(tf.train.CheckpointSaverHook(
+        FLAGS.train_dir, FLAGS.save_checkpoint_secs, scaffold=scaffold))
+  with tf.name_scope('session'):  # One box in TensorBoard's graph.
+    return tf.train.MonitoredTrainingSession(
+        task.target, task.is_chief, scaffold=scaffold,
+        hooks=[*hooks, *task.hooks], config=task.config,
+        summary_dir=FLAGS.train_dir,
+        save_summaries_steps=FLAGS.save_summary_steps,
+        log_step_count_steps=FLAGS.save_summary_steps)
 
 
 def _explain(error, dataset):
@@ -601,10 +591,6 @@ class FolderParser(flags.ArgumentParser):
     if re.search(r'[][*?]', argument) or os.sep == '/' and '\\' in argument:
       raise ValueError(r'must do without * ? [ ] \, which mean something else '
                        'to TensorFlow')
-    if scheme == 'file':
-      path = path.removeprefix('localhost')
-      if not path.startswith('/'):
-        raise ValueError('file:// needs an absolute path')
     if not argument or scheme and not path.strip('/'):
       raise ValueError('names no folder')
     if scheme not in ('', 'file'):
@@ -633,21 +619,23 @@ def count_parser(lower_bound=1, upper_bound=2 ** 31 - 1):
 
 class _DatasetParser(flags.ArgumentParser):
   """Takes the name of a known data set, or the path of a folder."""
-  syntactic_help = '%s, or a folder with pictures' % ', '.join(
-      sorted(cifar10_input.DATASETS))
+  syntactic_help = ', '.join(sorted(cifar10_input.DATASETS)) + ', or a folder'
 
   def parse(self, argument):
+    if argument in cifar10_input.DATASETS:
+      return argument
     folder = os.path.abspath(os.path.expanduser(argument))
-    if argument not in cifar10_input.DATASETS and not os.path.isdir(folder):
+    if not os.path.isdir(folder):
       raise ValueError('must be ' + self.syntactic_help)
-    return argument if argument in cifar10_input.DATASETS else folder
+    return folder
 
 
 def define_data_flags():
   """Defines what all scripts know of data and network."""
   flags.DEFINE(
       _DatasetParser(), 'dataset', 'cifar10', 'What to learn from: '
-      f'{_DatasetParser.syntactic_help} in train/CLASS/ and test/CLASS/.')
+      f'{_DatasetParser.syntactic_help} with pictures in train/CLASS/ and '
+      'test/CLASS/, or with records in *.bin and test*.bin.')
   flags.DEFINE_string(
       'data_url', None, 'Another address (http, https or file) of the archive '
       "of the data set, or of the folder with svhn's files.")
@@ -661,9 +649,6 @@ def define_data_flags():
       'use_bfloat16', False, 'Compute activations in bfloat16, on GPUs and on '
       'CPUs with AVX512-BF16 or AMX; variables and losses stay in float32.')
   flags.mark_bool_flags_as_mutual_exclusive(['use_fp16', 'use_bfloat16'])
-  flags.register_validator(
-      'data_url', lambda url: not url or re.match('(https?|file)://', url),
-      'must start with http://, https:// or file://')
 
 
 def define_flags():
