@@ -69,8 +69,6 @@ def _checkpoints():
     last_step = cifar10_train.read_run(folder).get('max_steps', math.inf)
     is_complete = (
         FLAGS.run_once or is_one or max(steps, default=0) >= last_step)
-    if is_complete and steps == listed:
-      return
     if steps != listed and (is_complete or time.monotonic() >= next_time):
       listed = steps
       checkpoint = (_latest_checkpoint() if is_complete
@@ -79,6 +77,8 @@ def _checkpoints():
         evaluated = checkpoint
         next_time = time.monotonic() + FLAGS.eval_interval_secs
         yield checkpoint
+    elif is_complete:
+      return
     else:
       time.sleep(1)
 
@@ -141,7 +141,7 @@ class Evaluation:
 
 
 def _adopt_classes():
-  """Takes flags' defaults from the run, and returns its classes."""
+  """Takes the network's flags from the run, and returns its classes."""
   run = cifar10_train.adopt_run(FLAGS.checkpoint_dir, ('model', 'image_size'))
   if 'classes' in run:
     return run['classes']
@@ -192,19 +192,17 @@ def eval_once(checkpoint, evaluation):
   cifar10_train.check_checkpoint(checkpoint, evaluation.variables)
   step = cifar10_train.step_of(checkpoint)
   num_examples = min(FLAGS.num_examples, sum(files.values()))
-  outcome = Outcome(len(dataset.classes))
+  outcome = Outcome(len(dataset.classes), num_examples)
   with evaluation.graph.as_default(), tf.train.MonitoredSession(
       tf.train.ChiefSessionCreator(
           evaluation.scaffold,
           checkpoint_filename_with_path=checkpoint)) as session:
     *batch, summary = session.run(evaluation.fetches)
-    outcome.add(*(values[:num_examples] for values in batch))
-    progress = Progress(num_examples)
+    outcome.add(*batch)
+    progress = Progress(num_examples)  # The first batch tells no speed.
     progress.show(outcome.total)
     while outcome.total < num_examples:
-      batch = session.run(evaluation.fetches[:3])
-      rest = num_examples - outcome.total  # The last batch may have more.
-      outcome.add(*(values[:rest] for values in batch))
+      outcome.add(*session.run(evaluation.fetches[:3]))
       progress.show(outcome.total)
   # The input begins again when files end, also where they end too soon.
   cifar10_input.check_files(dataset, folder, files)
@@ -217,7 +215,10 @@ def eval_once(checkpoint, evaluation):
   # Training has these tags, too, so that each is one chart.
   summary.value.add(tag='Precision @ 1', simple_value=outcome.precision)
   summary.value.add(tag='cross_entropy', simple_value=outcome.cross_entropy)
-  outcome.add_pictures(summary, dataset.classes)
+  _add_image(summary, 'confusion',
+             _draw_confusion(outcome.confusion, dataset.classes))
+  _add_image(summary, 'surest_mistakes',
+             _draw_mistakes(outcome.mistakes, dataset.classes))
   evaluation.write_event(step=step, summary=summary)
   return outcome.precision
 
@@ -247,16 +248,20 @@ class Outcome:
   confusion: int64 [classes, classes], the number of examples by their true and
     their predicted class.
   cross_entropy: float, the mean of -log of the true class's probability.
+  mistakes: list of the surest ones: probability, both classes and image.
   """
 
-  def __init__(self, num_classes):
+  def __init__(self, num_classes, num_examples):
     self.confusion = np.zeros([num_classes, num_classes], np.int64)
+    self.mistakes = []
+    self._num_examples = num_examples
     self._answers = []
-    self._mistakes = []  # The surest ones: probability, classes and image.
     self._cross_entropies = 0.0
 
-  def add(self, images, labels, probabilities):
+  def add(self, *batch):
     """Counts a batch: images, labels [n], probabilities [n, classes]."""
+    rest = self._num_examples - self.total  # The last batch may have more.
+    images, labels, probabilities = (values[:rest] for values in batch)
     predicted = probabilities.argmax(axis=1)
     np.add.at(self.confusion, (labels, predicted), 1)
     self._answers.extend(zip(labels, predicted, probabilities))
@@ -264,8 +269,8 @@ class Outcome:
     self._cross_entropies -= np.log(
         np.maximum(of_truth, np.finfo(np.float32).tiny)).sum()
     wrong, = np.nonzero(predicted != labels)
-    self._mistakes = heapq.nlargest(
-        NUM_MISTAKES, self._mistakes + [
+    self.mistakes = heapq.nlargest(
+        NUM_MISTAKES, self.mistakes + [
             (probabilities[i].max(), labels[i], predicted[i], images[i])
             for i in wrong], key=operator.itemgetter(0))
 
@@ -313,12 +318,6 @@ class Outcome:
 
     cifar10_input.write_file(path, write)
 
-  def add_pictures(self, summary, classes):
-    """Adds the confusion matrix and the surest mistakes to a summary."""
-    _add_image(summary, 'confusion', _draw_confusion(self.confusion, classes))
-    _add_image(summary, 'surest_mistakes',
-               _draw_mistakes(self._mistakes, classes))
-
 
 def _add_image(summary, tag, image):
   """Adds a picture of Pillow's to a summary."""
@@ -345,7 +344,7 @@ def _draw_confusion(confusion, classes):
   names = PIL.Image.new('RGB', [130, side], 'white')
   draw = PIL.ImageDraw.Draw(names)
   for i, name in enumerate(classes):
-    draw.text([4, cell * i + 10], _in_ascii(name)[:20], 'black')
+    draw.text([4, cell * i + 10], name[:20], 'black')
   picture = PIL.Image.new('RGB', [names.width + side] * 2, 'white')
   picture.paste(matrix, [names.width, names.width])
   picture.paste(names, [0, names.width])
@@ -365,14 +364,8 @@ def _draw_mistakes(mistakes, classes):
         np.uint8(255 * (image - low) / max(high - low, 1e-9)))
     picture.paste(shown.resize([side, side]), [x, y])
     draw.text([x, y + side + 4], '%.22s\ntaken for %.14s %.3f' % (
-        _in_ascii(classes[true]), _in_ascii(classes[predicted]), probability),
-              'black')
+        classes[true], classes[predicted], probability), 'black')
   return picture
-
-
-def _in_ascii(name):
-  """Returns a name in the letters that Pillow's own font has for sure."""
-  return name.encode('ascii', 'replace').decode()
 
 
 # Single pictures, and a model to serve.

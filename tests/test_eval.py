@@ -363,13 +363,6 @@ def test_data_file_that_shrinks_during_an_evaluation_is_refused(
   assert not run.stdout
 
 
-@pytest.mark.parametrize('name', ['max_steps', 'recipe', 'train_dir'])
-def test_flag_of_training_is_refused(evaluate, tmp_path, name):
-  run = evaluate('--%s=5' % name)
-  assert (run.code, run.stderr.count('\n')) == (2, 1) and name in run.stderr
-  assert not (tmp_path / 'eval').exists()
-
-
 # Prediction and serving.
 
 LOAD = """
