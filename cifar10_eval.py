@@ -127,7 +127,7 @@ class Evaluation:
         cifar10_train.EVAL_FOLDER)
     tf.io.gfile.makedirs(eval_dir)
     self._writer = tf.io.TFRecordWriter(os.path.join(
-        eval_dir, 'events.out.tfevents.%010d.%s.%d' % (
+        eval_dir, 'events.out.tfevents.%.6f.%s.%d' % (
             time.time(), socket.gethostname(), os.getpid())))
     self.write_event(file_version='brain.Event:2')
     self.write_event(graph_def=self.graph.as_graph_def(
