@@ -106,11 +106,10 @@ RECIPES = {
 # The input, from where the flags say.
 
 
-def maybe_download_and_extract(dataset=None, url=None):
-  """Makes sure that a data set, by default CIFAR-10, is in --data_dir."""
-  if dataset is None:
-    dataset, url = cifar10_input.CIFAR10, url or DATA_URL
-  cifar10_input.maybe_download_and_extract(dataset, FLAGS.data_dir, url)
+def maybe_download_and_extract():
+  """Makes sure that CIFAR-10 is in --data_dir."""
+  cifar10_input.maybe_download_and_extract(
+      cifar10_input.CIFAR10, FLAGS.data_dir, DATA_URL)
 
 
 def distorted_inputs(dataset=None, batch_size=None, **options):

@@ -75,7 +75,8 @@ def prepare_dataset():
   if FLAGS.dataset not in cifar10_input.DATASETS:
     return cifar10_input.own_dataset(FLAGS.dataset, FLAGS.data_dir)
   dataset = cifar10_input.DATASETS[FLAGS.dataset]
-  cifar10.maybe_download_and_extract(dataset, FLAGS.data_url)
+  cifar10_input.maybe_download_and_extract(
+      dataset, FLAGS.data_dir, FLAGS.data_url)
   return dataset
 
 
@@ -359,7 +360,7 @@ def _show_run(step):
 
 
 def read_run(folder):
-  """Returns what is known of the run in a folder: its flags, and `classes`.
+  """Returns what is known of the run in a folder: flags, `started`, `classes`.
 
   Without run.json, as in folders of the original, that is {}.
   """
@@ -369,15 +370,14 @@ def read_run(folder):
       raise ValueError('it is no regular file')  # A pipe would never end.
     with tf.io.gfile.GFile(path) as f:
       run = json.load(f)
-    values = dict(run['flags'])
-    values['started'] = run.get('started')
+    known = {**run['flags'], 'started': run.get('started')}
     if 'classes' in run:
       if not isinstance(run['classes'], list):
         raise ValueError('classes is not a list')
-      values['classes'] = tuple(map(str, run['classes']))
-    if not isinstance(values.get('max_steps', 0), int):
+      known['classes'] = tuple(map(str, run['classes']))
+    if not isinstance(known.get('max_steps', 0), int):
       raise ValueError('max_steps is not a whole number')
-    return values
+    return known
   except tf.errors.NotFoundError:
     return {}
   except (tf.errors.OpError, ValueError, KeyError, TypeError,
