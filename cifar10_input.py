@@ -113,6 +113,9 @@ class UserError(ValueError):
   """A mistake that the user can mend. Its text is one line that says how."""
 
 
+speaker = ''  # What each line begins with: in a cluster, the task's name.
+
+
 def say(text, file=None):
   """Prints a line, as far as the console goes: it may be ASCII, or closed.
 
@@ -123,7 +126,7 @@ def say(text, file=None):
   text = re.sub('[\x00-\x1f\x7f-\x9f\u2028\u2029]', ' ', text)
   text = text.encode(encoding, 'backslashreplace').decode(encoding)
   try:
-    print(text, file=file, flush=True)
+    print(speaker + text, file=file, flush=True)
   except OSError as error:
     if error.errno in (errno.EPIPE, errno.EIO):
       with open(os.devnull, 'w') as devnull:

@@ -13,8 +13,7 @@ they share the CPU: that saves no time, but everything can be tried out.
 Started on several machines, each with its place in a `TF_CONFIG`, the script is
 a TensorFlow cluster; README.md has an example.
 """
-import contextlib
-import functools
+import json
 import math
 import os
 import re
@@ -40,7 +39,8 @@ def train():
   jobs, *task = cifar10_train.read_cluster()
   if jobs:
     check_cluster(jobs, *task)
-    return Cluster(jobs, *task).run()
+    cifar10_input.speaker = '%s %d: ' % tuple(task)
+    Cluster(jobs, *task).run()
   return cifar10_train.run_training(
       build_step, FLAGS.batch_size * FLAGS.num_gpus)
 
@@ -133,7 +133,8 @@ def average_gradients(tower_grads):
   for grads_and_vars in zip(*tower_grads):
     gradients = [gradient for gradient, _ in grads_and_vars]
     _, variable = grads_and_vars[0]  # The towers share it.
-    gradient = _average(gradients, variable.op.name + '/gradient')
+    with tf.device(variable.device):
+      gradient = _average(gradients, variable.op.name + '/gradient')
     average_grads.append((gradient, variable))
   return average_grads
 
@@ -145,32 +146,43 @@ def _average(tensors, name):
 
 # Many machines: a TensorFlow cluster.
 
-_TIMEOUT_SECS = 600  # How long to wait for a task that is not there.
+TIMEOUT_SECS = 600  # For so long a task may be silent.
+_MISSED_SECS = 8    # After so long, others say that they wait for it.
+
+# What all tasks of a run must agree on.
+_RUN_FLAGS = (
+    'dataset', 'model', 'image_size', 'use_bfloat16', 'use_fp16', 'batch_size',
+    'num_gpus', 'sync_replicas', 'max_steps', 'learning_rate',
+    'learning_rate_schedule', 'momentum', 'weight_decay',
+    'moving_average_decay')
 
 
 def check_cluster(jobs, job, index):
   """Raises a UserError that says why no cluster can train with a TF_CONFIG."""
-  for name, addresses in jobs.items():
-    if name not in ('chief', 'master', 'worker', 'ps'):
-      raise UserError('TF_CONFIG has a job in its cluster that is none of '
-                      f'chief, master, worker, ps, evaluator: {name}.')
-    for address in addresses:
-      if not re.fullmatch(r'[^\s/]+:\d{1,5}', address) or int(
-          address.rpartition(':')[2]) > 65535:
-        raise UserError(
-            'TF_CONFIG has an address that is not HOST:PORT: %s.' % address)
+  def check(condition, problem):
+    if not condition:
+      raise UserError('TF_CONFIG has ' + problem)
+
+  seen = set()
+  for name, tasks in jobs.items():
+    check(name in ('chief', 'master', 'worker', 'ps'), 'a job in its cluster '
+          f'that is none of chief, master, worker, ps, evaluator: {name}.')
+    # TensorFlow makes a list of a dict from numbers that has no gaps.
+    check(isinstance(tasks, list) or not tasks,
+          f'gaps in the numbers of {name}: {sorted(tasks)}.')
+    for address in tasks:
+      port = re.fullmatch(r'[^\s/]+:(\d{1,5})', address)
+      check(port and 0 < int(port[1]) < 65536,
+            f'an address that is not HOST:PORT: {address}.')
+      check(address not in seen, f'two tasks at {address}.')
+      seen.add(address)
   chiefs = len(jobs.get('chief', [])) + len(jobs.get('master', []))
-  if chiefs != 1:
-    raise UserError(
-        'TF_CONFIG has %d tasks chief or master, not one.' % chiefs)
-  if not jobs.get('ps'):
-    raise UserError('TF_CONFIG has no ps in its cluster.')
-  if job not in jobs:
-    raise UserError('TF_CONFIG has the task type %s, which is not in its '
-                    'cluster: %s.' % (job, ', '.join(jobs)))
-  if not 0 <= index < len(jobs[job]):
-    raise UserError('TF_CONFIG has the task index %d, but its cluster only %d '
-                    'of %s.' % (index, len(jobs[job]), job))
+  check(chiefs == 1, f'{chiefs} tasks chief or master, not one.')
+  check(jobs.get('ps'), 'no ps in its cluster.')
+  check(job in jobs, f'the task type {job}, which is not in its cluster: '
+        f'{", ".join(jobs)}.')
+  check(0 <= index < len(jobs[job]), f'the task index {index}, but its cluster '
+        f'only {len(jobs[job])} of {job}.')
 
 
 class Cluster(cifar10_train.Task):
@@ -178,8 +190,12 @@ class Cluster(cifar10_train.Task):
 
   Parameter servers (ps) hold the variables. The chief and the workers compute,
   each on batches of its own; the chief also initializes, saves and summarizes.
-  The workers' graphs differ in the names of devices only. A thread watches
-  whether those tasks are there without which this one cannot go on.
+  The workers' graphs differ in the names of devices only.
+
+  No operation waits for another task. Instead, each task that computes leaves
+  a text on every parameter server, a new one each second, and reads those of
+  the others: who writes is alive. The chief's text says what run this is, and
+  after the last checkpoint how it ended.
 
   Args:
     jobs: dict from each job to the addresses of its tasks.
@@ -187,241 +203,325 @@ class Cluster(cifar10_train.Task):
   """
 
   def __init__(self, jobs, job, index):
-    self._jobs, self._task = jobs, (job, index)
-    self._servers = [('ps', i) for i in range(len(jobs['ps']))]
-    chief = 'chief' if jobs.get('chief') else 'master'
-    self._workers = [(chief, 0)] + [
-        ('worker', i) for i in range(len(jobs.get('worker', [])))]
-    spec = tf.train.ClusterSpec(jobs)
-    device = '/job:%s/task:%d' % self._task
-    self._server = self._start_server(spec)
-    self._hook = ReplicaHook(self)
+    task, servers = (job, index), [('ps', i) for i in range(len(jobs['ps']))]
+    self.workers = [(name, i) for name in ('chief', 'master', 'worker')
+                    for i in range(len(jobs.get(name, [])))]
+    self.names = {(name, i): f'{name} {i} at {address}' for name in jobs
+                  for i, address in enumerate(jobs[name])}
+    # A ps writes nothing, but reads what the others write to it.
+    self._servers = [task] if job == 'ps' else servers
+    self._needed = self._servers + self.workers[:1]
+    if task == self.workers[0]:
+      self._needed = servers + FLAGS.sync_replicas * self.workers[1:]
+    self._silence = dict.fromkeys(self.names, 0)  # Seconds of each task.
+    self._failures = {}  # Calls in a row to each server that once answered.
+    self._texts = {}     # Those of the workers, by their numbers.
+    self.words = {}      # What this task's text says.
+    self.signal = 0      # The one that came.
+    self._leaving = threading.Event()
+    self._device = '/job:%s/task:%d' % task
+    self.hook = StepHook(self)
+    self._server = _start_server(jobs, task, self.names[task])
     super().__init__(
         # A ps is no worker, and so not the chief.
-        worker=self._workers.index(self._task) if job != 'ps' else -1,
-        num_workers=len(self._workers) if FLAGS.sync_replicas else 1,
+        worker=-1 if job == 'ps' else self.workers.index(task),
+        num_workers=len(self.workers) if FLAGS.sync_replicas else 1,
         target=self._server.target,
         device=tf.train.replica_device_setter(
-            worker_device=device, cluster=spec),
-        hooks=(self._hook,),
-        config=tf.ConfigProto(device_filters=['/job:ps', device]))
+            worker_device=self._device, cluster=jobs),
+        hooks=(self.hook,),
+        config=tf.ConfigProto(device_filters=['/job:ps', self._device]))
     # To fuse bfloat16 operations fails in a cluster.
     rewriting = self.config.graph_options.rewrite_options
     rewriting.remapping = rewriting.OFF
-    self.error = None  # What the thread has found.
-    self._missing = {}  # Tasks that are not there, and since when.
-    self._ended = False
-
-  def _start_server(self, spec):
-    try:
-      with socket.socket() as port:  # TensorFlow would not say which it is.
-        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        port.bind(('', int(self._address(self._task).rpartition(':')[2])))
-      return tf.train.Server(spec, *self._task)
-    except (OSError, tf.errors.OpError) as error:
-      raise UserError('TF_CONFIG: %s cannot listen: %s.' % (
-          self._name(self._task), what_went_wrong(error))) from error
-
-  def _address(self, task):
-    job, index = task
-    return self._jobs[job][index]
-
-  def _name(self, task):
-    return '%s %d at %s' % (*task, self._address(task))
+    self._threads = [
+        threading.Thread(target=self._correspond, args=(server,), daemon=True)
+        for server in self._servers]
+    for thread in self._threads:
+      thread.start()
 
   def run(self):
-    """Does what this task is there for. Returns the exit code."""
+    """Does what this task is there for, and ends the process."""
     self._signals, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
     signal.set_wakeup_fd(wakeup)
+    if self.worker < 0:
+      say(f'{self.names[self._servers[0]]} serves variables.')
+      with cifar10_train.handling_signals(lambda signum: None):
+        self._watch()  # The pipe tells of signals.
     threading.Thread(target=self._watch, daemon=True).start()
-    if self._task in self._servers:
-      return self._serve()
-    code = cifar10_train.run_training(
-        functools.partial(build_step, apply_gradients=self.apply_gradients),
-        FLAGS.batch_size * FLAGS.num_gpus, self)
-    self._ended = True
-    if code == 0:
-      self._say_done()
-    return code
+    code, message = 1, None
+    try:
+      code = cifar10_train.run_training(
+          self.build_step, FLAGS.batch_size * FLAGS.num_gpus, self)
+    except (UserError, OSError, tf.errors.OpError) as error:
+      message = what_went_wrong(error)
+    self._leave(code, message)
 
-  def apply_gradients(self, optimizer, gradients, global_step, recipe):
-    """As `cifar10.apply_gradients`; together with the other workers."""
-    if not FLAGS.sync_replicas:
-      # The averages need not travel to a worker and back.
-      with tf.device(global_step.device):
-        return cifar10.apply_gradients(
-            optimizer, gradients, global_step, recipe)
-    self._hook.optimizer = tf.train.SyncReplicasOptimizer(
-        optimizer, self.num_workers, self.num_workers,
-        variable_averages=cifar10.variable_averages(global_step, recipe),
-        variables_to_average=tf.trainable_variables())
-    return self._hook.optimizer.apply_gradients(gradients, global_step)
+  def build_step(self, dataset, recipe, global_step):
+    """Builds one step of this task; see `cifar10_train.build_step`."""
+    self.described = {'--' + name: FLAGS[name].value for name in _RUN_FLAGS}
+    # A folder may be elsewhere on another machine.
+    self.described['--dataset'] = os.path.basename(dataset.name)
+    self.described['classes'] = ', '.join(dataset.classes)
+    return build_step(dataset, recipe, global_step, self.hook.apply_gradients)
 
-  def wait(self):
-    """Waits until a session can begin."""
-    while not all(map(self._is_there, self._servers)):
-      self.check()
-      time.sleep(0.2)
-    if self.is_chief:
-      return
-    uninitialized = tf.report_uninitialized_variables(tf.global_variables())
-    with self._session() as session:  # TensorFlow would look every 30 s.
-      while session.run(uninitialized).size:
-        self.check()
-        time.sleep(0.2)
+  def steps_done(self, train_op, global_step):
+    if FLAGS.sync_replicas:  # Variables are updated after the operation.
+      return self.hook.ticket % _MAX_STEPS + 1
+    return super().steps_done(train_op, global_step)
 
   def check(self):
-    """Raises what the thread has found."""
-    if self.error:
-      raise self.error
+    """Returns whether this task can compute now.
 
-  def _session(self):
-    return tf.Session(self.target, config=self.config)
+    Raises:
+      OutOfRangeError: if the chief or a signal has ended the run. As at the end
+        of an input, a `MonitoredSession` closes, and saves, in good order.
+      UserError: if the chief's flags are not those of this task.
+    """
+    words = self._chiefs_words()
+    if self.signal or 'end' in words:
+      raise tf.errors.OutOfRangeError(None, None, 'the run has ended.')
+    for name, value in words.get('run', {}).items():
+      if value != self.described[name]:
+        raise UserError(f'{name} is {self.described[name]} here, but {value} '
+                        f'at {self.names[self.workers[0]]}: start all tasks '
+                        'with the same flags.')
+    return len(self._failures) == len(self._servers) and (
+        self.is_chief or 'run' in words)
 
-  def _is_there(self, task):
-    host, _, port = self._address(task).rpartition(':')
-    with contextlib.suppress(OSError):
-      socket.create_connection((host.strip('[]'), int(port)), 2).close()
-      return True
-    return False
+  def _chiefs_words(self):
+    return {} if self.is_chief else json.loads(self._texts.get(0, '{}'))
 
-  # What a parameter server does, until all workers have told it that they are
-  # done. (TensorFlow's own `Server.join` never returns.)
-
-  def _serve(self):
-    say('%s serves variables.' % self._name(self._task))
-    done, deadline = set(), math.inf
-    with tf.Graph().as_default(), self._session() as session:
-      queue = self._done_queue(self._task)
-      arrivals = queue.dequeue_many(queue.size())
-      while len(done) < len(self._workers) and time.time() < deadline:
-        self.check()
-        done.update(session.run(arrivals))
-        if 0 in done:  # A worker that was killed will not come any more.
-          deadline = min(deadline, time.time() + 5)
-        time.sleep(0.1)
-    return 0
-
-  def _say_done(self):
-    for server in filter(self._is_there, self._servers):
-      with contextlib.suppress(tf.errors.OpError), tf.Graph().as_default(), \
-          self._session() as session:
-        session.run(self._done_queue(server).enqueue(self.worker),
-                    options=tf.RunOptions(timeout_in_ms=5000))
-
-  def _done_queue(self, server):
-    with tf.device('/job:%s/task:%d' % server):
-      return tf.FIFOQueue(len(self._workers), tf.int32, [], shared_name='done')
-
-  # What the thread does.
+  def _correspond(self, server):
+    """Writes to a parameter server and reads, in a thread: it may hang."""
+    config = tf.ConfigProto(
+        device_filters=['/job:%s/task:%d' % server, self._device],
+        operation_timeout_in_ms=5000)
+    with tf.Graph().as_default(), tf.Session(
+        self.target, config=config) as session:
+      table = Table('texts', tf.string, server)
+      text = tf.placeholder(tf.string, [])
+      write = table.put(self.worker, text)
+      while True:
+        last = self._leaving.is_set()
+        words = {**self.words} if last else {**self.words, 'time': time.time()}
+        try:
+          if self.worker >= 0:
+            session.run(write, {text: json.dumps(words)})
+          texts = table.read(session)
+        except tf.errors.DeadlineExceededError:
+          continue  # It may be stopped, and go on.
+        except tf.errors.OpError:
+          if server in self._failures:
+            self._failures[server] += 1
+          time.sleep(1)
+        else:
+          self._silence[server] = self._failures[server] = 0
+          if server == self._servers[0]:
+            for i, task in enumerate(self.workers):
+              if texts.get(i) != self._texts.get(i):
+                self._silence[task] = 0
+            self._texts = texts
+        if last and server in self._failures:
+          return
+        self._leaving.wait(1)
 
   def _watch(self):
-    code, deadline = 1, math.inf
-    while not self._ended:
+    """Looks around each second, in a thread that nothing can hold up."""
+    deadline = math.inf
+    while True:
       if select.select([self._signals], [], [], 1)[0]:
-        code = 128 + os.read(self._signals, 1)[0]
-      if (self.error or code > 1) and deadline == math.inf:
-        deadline = time.time() + 15
-        self._hook.wake_all()  # The main thread may be waiting for others.
-      if time.time() > deadline:
-        cifar10_train.fail(code, self.error or 'stopped by a signal.')
+        self.signal = os.read(self._signals, 1)[0]
+        deadline = time.monotonic() + 15
+      if time.monotonic() > deadline:
+        cifar10_train.fail(128 + self.signal, 'stopped by a signal.')
       self._look_around()
-      if self._hook.idle_secs() > 10 and self.is_chief and not self._missing:
-        self._hook.wake_all()  # A worker that was killed had the last token.
 
   def _look_around(self):
-    """Notes which tasks are missing, and says so."""
-    waited_for = self._waited_for()
-    self._missing = {task: since for task, since in self._missing.items()
-                     if task in waited_for and not self._is_there(task)}
-    for task in waited_for:
-      if task not in self._missing and not self._is_there(task):
-        self._missing[task] = time.time()
-        say('Waiting for %s.' % self._name(task))
-    for task, since in self._missing.items():
-      secs = time.time() - since
-      if task in self._servers and self._hook.session and secs > 3:
-        cifar10_train.fail(1, '%s is gone, and the variables with it: start '
-                           'all tasks again.' % self._name(task))
-      if secs > _TIMEOUT_SECS and not self.error:
-        self.error = UserError('%s did not come in %d seconds.'
-                               % (self._name(task), _TIMEOUT_SECS))
+    # Counted, not read from a clock, which goes on when this process is
+    # stopped. Of the workers nobody hears while the first server is silent.
+    heard = self._silence[self._servers[0]] < 3
+    for task in self._silence:
+      self._silence[task] += heard or task in self._servers
+    for task in self._needed:
+      if self._silence[task] == _MISSED_SECS:
+        say(f'Waiting for {self.names[task]}.')
+      if self._silence[task] > TIMEOUT_SECS:
+        self._leave(1, f'{self.names[task]} has not answered for '
+                    f'{TIMEOUT_SECS} seconds.')
+      if self._failures.get(task, 0) > 2:
+        self._leave(1, f'{self.names[task]} is gone, and the variables with '
+                    'it: start all tasks again.')
+    if self.worker < 0 and not self._is_needed():
+      self._leave(1, 'stopped by a signal.')
 
-  def _waited_for(self):
-    """Returns the tasks without which this one cannot go on."""
-    if self._task in self._servers:
-      return self._workers[:1]
-    if self._hook.idle_secs() < 3:
-      return self._servers
-    if not self.is_chief:
-      return self._servers + self._workers[:1]
-    return self._servers + (self._workers[1:] if FLAGS.sync_replicas else [])
+  def _is_needed(self):
+    """Whether the run goes on, or a task still ends it on this server."""
+    return not (self.signal or 'end' in self._chiefs_words()) or any(
+        'time' in json.loads(self._texts.get(i, '{}'))
+        and self._silence[task] < _MISSED_SECS
+        for i, task in enumerate(self.workers))
+
+  def _leave(self, code, message):
+    """Says goodbye, and ends the process."""
+    if code == 1 and self.signal:
+      code = 128 + self.signal
+    elif code == 1 and 'end' in self._chiefs_words():
+      code, message = self._chiefs_words()['end']
+    elif code == 1 and self.worker > 0 and max(
+        cifar10_train.checkpoints(FLAGS.train_dir), default=0
+    ) >= FLAGS.max_steps:  # It was stopped while the others ended.
+      code, message = 0, None
+    # A chief that is stopped is started again.
+    self.words = {'end': [code, message and f'the chief: {message}']} if (
+        self.is_chief and code in (0, 1)) else {}
+    self._leaving.set()
+    # The servers of a run that has no step left may be starting still.
+    deadline = time.time() + (30 if self.is_chief and code == 0 else 5)
+    for thread in self._threads:
+      thread.join(max(0, deadline - time.time()))
+    if message:
+      cifar10_train.fail(code, message)
+    os._exit(code)
 
 
-class ReplicaHook(tf.train.SessionRunHook):
-  """Lets replicas do their steps together, if they are synchronous.
+def _start_server(jobs, task, name):
+  try:
+    with socket.socket() as port:  # TensorFlow would not say which it is.
+      port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      port.bind(('', int(name.rpartition(':')[2])))
+    return tf.train.Server(jobs, *task)
+  except (OSError, tf.errors.OpError) as error:
+    raise UserError(f'TF_CONFIG: {name} cannot listen: '
+                    f'{what_went_wrong(error)}.') from error
 
-  After computing a gradient, a replica waits for a token, which comes when
-  there are enough gradients, and carries the step to compute next. Stale
-  gradients are dropped, so an extra token does no harm.
+
+class Table:
+  """A dict from numbers on a parameter server, which all tasks share.
+
+  Nobody needs to initialize it, and it lasts as long as its server.
+  """
+
+  def __init__(self, name, dtype, server=('ps', 0)):
+    with tf.device('/job:%s/task:%d' % server):
+      self._handle = tf.raw_ops.MutableHashTableV2(
+          shared_name=name, key_dtype=tf.int64, value_dtype=dtype)
+      self._items = tf.raw_ops.LookupTableExportV2(
+          table_handle=self._handle, Tkeys=tf.int64, Tvalues=dtype)
+
+  def put(self, key, value):
+    """Returns an operation that puts in a scalar."""
+    with tf.device(self._handle.device):
+      return tf.raw_ops.LookupTableInsertV2(
+          table_handle=self._handle, keys=[tf.constant(key, tf.int64)],
+          values=[value])
+
+  def read(self, session):
+    """Returns what is there now, as a dict."""
+    return dict(zip(*session.run(self._items)))
+
+
+_MAX_STEPS = 2 ** 40  # More than anybody does.
+
+
+class StepHook(tf.train.SessionRunHook):
+  """Does each step together with all workers, if they are synchronous.
+
+  The chief draws a ticket for each step, and for each start of its own others.
+  For a ticket, each worker leaves its gradients in variables of its own, then
+  the ticket in a table. When the chief finds it there from all, it updates the
+  network by their average, and draws the next ticket. Who waits reads the table
+  again and again. So nothing that a killed task leaves behind can be taken for
+  a part of another step, or hold one up.
   """
 
   def __init__(self, cluster):
     self._cluster = cluster
-    self.session = self.optimizer = None
-    self._last_time = time.time()
+    self._number = None  # Of this worker's ticket.
+    self._has_begun = False
 
-  def idle_secs(self):
-    """Returns the time since the last step of this replica."""
-    return time.time() - self._last_time
+  def apply_gradients(self, optimizer, gradients, global_step, recipe):
+    """As `cifar10.apply_gradients`; together with the other workers."""
+    workers = range(self._cluster.num_workers)
+    # The averages need not travel to a worker and back.
+    with tf.device(global_step.device):
+      if FLAGS.sync_replicas:
+        everyones = [[(_place(worker, variable), variable)
+                      for _, variable in gradients] for worker in workers]
+        own, gradients = gradients, average_gradients(everyones)
+      update = cifar10.apply_gradients(
+          optimizer, gradients, global_step, recipe)
+    if not FLAGS.sync_replicas:
+      return update
+    self.ticket = tf.placeholder(tf.int64, [])
+    self._table = Table('tickets', tf.int64)
+    self._draw = self._table.put(-1, self.ticket)
+    with tf.control_dependencies([update]):
+      self._update = self._table.put(-1, self.ticket)
+    me = self._cluster.worker
+    with tf.control_dependencies([place.assign(gradient) for (
+        place, _), (gradient, _) in zip(everyones[me], own)]):
+      return self._table.put(me, self.ticket)
 
   def begin(self):
-    self._global_step = tf.train.get_global_step()
-    if self.optimizer:
-      self._tokens = self.optimizer.get_init_tokens_op()
-      update, = self.optimizer.get_chief_queue_runner().enqueue_ops
-      with tf.control_dependencies([update]):
-        self._update = tf.identity(self._global_step.read_value())
-    self._cluster.wait()
+    while not self._cluster.check():
+      time.sleep(0.1)
 
   def after_create_session(self, session, coord):
-    if self.session:  # TensorFlow would go on with a session of new variables.
+    if self._has_begun:  # TensorFlow would go on with new variables.
       raise UserError('a parameter server was lost, and the variables with it: '
                       'start all tasks again.')
-    self.session = session
-    if session.run(self._global_step) >= FLAGS.max_steps:
-      coord.request_stop()  # All is done: another step would wait for ever.
-    if self.optimizer:
-      is_chief = self._cluster.is_chief
-      session.run(self.optimizer.chief_init_op if is_chief
-                  else self.optimizer.local_step_init_op)
-      if is_chief:
-        threading.Thread(target=self._update_repeatedly, daemon=True).start()
+    self._has_begun = True
+    step = session.run(tf.train.get_global_step())
+    if self._cluster.is_chief:
+      if FLAGS.sync_replicas:
+        self._number = int(time.time()) % 2 ** 22 * _MAX_STEPS + step
+        session.run(self._draw, {self.ticket: self._number})
+      self._cluster.words = {'run': self._cluster.described}
+    elif FLAGS.sync_replicas:
+      self._end_step(session)
+    elif step >= FLAGS.max_steps:
+      coord.request_stop()
 
-  def _update_repeatedly(self):
-    # The optimizer's queue runner would close the queue of tokens at the end,
-    # which a chief that is started again could not open.
-    with contextlib.suppress(tf.errors.OpError, RuntimeError):
-      while self.session.run(self._update) < FLAGS.max_steps:
-        pass
+  def before_run(self, run_context):
+    self._cluster.check()
+    if FLAGS.sync_replicas:
+      return tf.train.SessionRunArgs(None, {self.ticket: self._number})
 
   def after_run(self, run_context, run_values):
-    self._last_time = time.time()
-    if self._cluster.error:
-      run_context.request_stop()
+    if FLAGS.sync_replicas:
+      self._end_step(run_context.session)
 
-  def end(self, session):
-    if self._cluster.is_chief:
-      self.wake_all()
-    self._cluster.check()
+  def _end_step(self, session):
+    """Waits: the chief for all gradients of a step, a worker for the next."""
+    start, workers = time.time(), range(self._cluster.num_workers)
+    while True:
+      self._cluster.check()
+      try:
+        tickets = self._table.read(session)
+      except (tf.errors.AbortedError, tf.errors.UnavailableError):
+        tickets = {}  # If the server is gone, the cluster's watch says so.
+      if self._cluster.is_chief:
+        if all(tickets.get(i) == self._number for i in workers):
+          self._number += 1
+          session.run(self._update, {self.ticket: self._number})
+          return
+      elif tickets.get(-1, self._number) != self._number and (
+          tickets[-1] % _MAX_STEPS < FLAGS.max_steps):
+        self._number = tickets[-1]
+        return
+      # Often enough to lose little, and no oftener: others compute meanwhile.
+      time.sleep(min(0.2, max(0.005, 0.05 * (time.time() - start))))
 
-  def wake_all(self):
-    """Gives each replica a token, so that none waits for one."""
-    self._last_time = time.time()
-    if self.session and self.optimizer:
-      with contextlib.suppress(tf.errors.OpError, RuntimeError):
-        self.session.run(self._tokens)
+
+def _place(worker, variable):
+  """Returns a variable for a worker's gradients of a variable."""
+  with tf.device(variable.device):
+    return tf.get_variable(
+        f'{variable.op.name}/gradient_{worker}', variable.shape,
+        initializer=tf.zeros_initializer(), trainable=False,
+        collections=['gradients'])  # These are nothing to save.
 
 
 def define_flags():

@@ -120,6 +120,11 @@ class Task:
   def is_chief(self):
     return self.worker == 0
 
+  def steps_done(self, train_op, global_step):
+    """Returns the number of steps after a step, a scalar int64."""
+    with tf.name_scope('train/'), tf.control_dependencies([train_op]):
+      return tf.identity(global_step.read_value(), name='steps_done')
+
 
 def run_training(build, examples, task=None):
   """Trains until --max_steps, or until something else ends it.
@@ -141,6 +146,8 @@ def run_training(build, examples, task=None):
     checkpoint = _checkpoint_to_continue()
     if checkpoint and _is_trained(checkpoint):
       return 0
+    if not task.is_chief:
+      checkpoint = None  # The chief restores it, and may remove it.
     dataset = prepare_dataset()
     if checkpoint:
       check_classes(FLAGS.train_dir, dataset)
@@ -166,8 +173,7 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
   global_step = tf.train.get_or_create_global_step()
   train_op, loss = build(
       dataset, training_recipe(dataset, examples_per_step), global_step)
-  with tf.name_scope('train/'), tf.control_dependencies([train_op]):
-    steps_done = tf.identity(global_step.read_value(), name='steps_done')
+  steps_done = task.steps_done(train_op, global_step)
   scaffold = _scaffold(checkpoint)  # Refuses one that does not fit.
   if task.is_chief:
     _tidy_train_dir()
@@ -183,7 +189,7 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
         while not session.should_stop() and not signals:
           session.run(train_op)
   except (tf.errors.OpError, ValueError) as error:
-    _explain(error, dataset)
+    _explain(error, dataset, task)
     raise
   if signals and logger.step < FLAGS.max_steps:
     saved = ' with a checkpoint' if task.is_chief else ''
@@ -238,17 +244,17 @@ def _session(scaffold, task, logger):
   with tf.name_scope('session'):  # One box in TensorBoard's graph.
     return tf.train.MonitoredTrainingSession(
         task.target, task.is_chief, scaffold=scaffold,
-        hooks=[*hooks, *task.hooks], config=task.config,
+        hooks=[*task.hooks, *hooks], config=task.config,
         summary_dir=FLAGS.train_dir,
         save_summaries_steps=FLAGS.save_summary_steps,
         log_step_count_steps=FLAGS.save_summary_steps)
 
 
-def _explain(error, dataset):
+def _explain(error, dataset, task):
   """Raises a UserError instead, if the cause of an error is known."""
   cifar10_input.check_files(
       dataset, cifar10.data_folder(dataset), dataset.train_files)
-  if not tf.io.gfile.isdir(FLAGS.train_dir):
+  if task.is_chief and not tf.io.gfile.isdir(FLAGS.train_dir):
     raise UserError(
         f'--train_dir={FLAGS.train_dir} is no folder any more.') from error
   # "Nan in summary histogram for: X", or "Infinity in Histogram for: X".

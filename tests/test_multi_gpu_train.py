@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from conftest import (
-    TINY, events, forgotten_flags, newest_step, parse_flags, printed_steps,
-    run_queues, tf)
+    ROOT, TINY, events, forgotten_flags, newest_step, parse_flags,
+    printed_steps, run_queues, tf)
 
 import cifar10
 import cifar10_multi_gpu_train
@@ -180,6 +180,10 @@ def test_task_is_taken_from_the_environment(monkeypatch, jobs, job, index):
     (_config(boss=['e:5']), 'none of chief, .*, evaluator: boss'),
     (_config(ps=['d']), 'an address that is not HOST:PORT: d'),
     (_config(ps=['d:99999']), 'an address that is not HOST:PORT: d:99999'),
+    (_config(ps=['d:http']), 'an address that is not HOST:PORT: d:http'),
+    (_config(ps=['d:4', 'b:2']), 'two tasks at b:2'),
+    (_config(worker={'0': 'b:2', '2': 'c:3'}),
+     r'gaps in the numbers of worker: \[0, 2\]'),
     (_config(master=['e:5']), '2 tasks chief or master, not one'),
     (_config(chief=[]), '0 tasks chief or master, not one'),
     (_config(ps=[]), 'has no ps in its cluster'),
@@ -198,16 +202,16 @@ def test_wrong_configuration_is_refused_in_one_line(
 # What a cluster does.
 
 
-def _jobs():
-  """Returns a chief, a worker and a ps at free addresses of this machine."""
-  sockets = {name: socket.socket() for name in ('chief', 'worker', 'ps')}
-  for each in sockets.values():
+def _jobs(workers=1, servers=1):
+  """Returns a chief and other tasks at free addresses of this machine."""
+  sockets = [socket.socket() for _ in range(1 + workers + servers)]
+  for each in sockets:
     each.bind(('127.0.0.1', 0))
-  jobs = {name: ['127.0.0.1:%d' % each.getsockname()[1]]
-          for name, each in sockets.items()}
-  for each in sockets.values():
+  addresses = ['127.0.0.1:%d' % each.getsockname()[1] for each in sockets]
+  for each in sockets:
     each.close()
-  return jobs
+  return {'chief': addresses[:1], 'worker': addresses[1:1 + workers],
+          'ps': addresses[1 + workers:]}
 
 
 def test_port_that_is_taken_is_named():
@@ -224,121 +228,187 @@ def test_port_that_is_taken_is_named():
 def _do_a_step(task, values):
   """Does one step of a cluster's task, and notes the variables around it."""
   with tf.Graph().as_default(), tf.device(task.device):
-    train_op, _ = cifar10_multi_gpu_train.build_step(
+    train_op, _ = task.build_step(
         CIFAR10, cifar10_train.training_recipe(CIFAR10, 128),
-        tf.train.get_or_create_global_step(), task.apply_gradients)
+        tf.train.get_or_create_global_step())
     creator = (tf.train.ChiefSessionCreator if task.is_chief
                else tf.train.WorkerSessionCreator)
+    stop = tf.train.StopAtStepHook(last_step=1)
     with tf.train.MonitoredSession(
         creator(master=task.target, config=task.config),
-        task.hooks) as session:
-      values.append(session.run(_variables()))
+        [*task.hooks, stop]) as session:
+      def read(step_context):  # Outside of a step, so that none waits for it.
+        values.append(step_context.session.run(_variables()))
+
+      if task.is_chief:
+        session.run_step_fn(read)
       session.run(train_op)
-      values.append(session.run(_variables()))
+      if task.is_chief:
+        session.run_step_fn(read)
+        task.words = {'end': [0, None]}
 
 
 def test_two_machines_with_64_images_learn_as_one_with_128(constant_input):
-  jobs, values = _jobs(), ([], [])
+  jobs, values = _jobs(), []
   with forgotten_flags():
     parse_flags(cifar10_multi_gpu_train, '--batch_size=64')
     server, *tasks = (cifar10_multi_gpu_train.Cluster(jobs, job, 0)
                       for job in ('ps', 'chief', 'worker'))
-    threads = [threading.Thread(name=name, target=_do_a_step, args=arguments)
-               for name, *arguments in zip(('first', 'second'), tasks, values)]
+    threads = [threading.Thread(name=name, target=_do_a_step, args=(
+        task, values)) for name, task in zip(('first', 'second'), tasks)]
     for thread in threads:
       thread.start()
     for thread in threads:
       thread.join(60)
-  assert server.target
-  for task in tasks:  # TensorFlow would complain that nobody needs it.
-    task.hooks[0].optimizer.ready_for_local_init_op.mark_used()
-  _assert_learned(*values[0])
+  for task in (server, *tasks):
+    task._leaving.set()  # Its threads end.
+  _assert_learned(*values)
 
 
 def test_task_that_never_comes_is_named(monkeypatch, capsys):
   parse_flags(cifar10_multi_gpu_train)
-  monkeypatch.setattr(cifar10_multi_gpu_train, '_TIMEOUT_SECS', 9)
+  monkeypatch.setattr(cifar10_multi_gpu_train, 'TIMEOUT_SECS', 9)
   jobs = _jobs()
-  _server, chief = (cifar10_multi_gpu_train.Cluster(jobs, job, 0)
-                    for job in ('ps', 'chief'))
+  server, chief = (cifar10_multi_gpu_train.Cluster(jobs, job, 0)
+                   for job in ('ps', 'chief'))
+  ends = []
+  monkeypatch.setattr(chief, '_leave', lambda *end: ends.append(end))
   name = 'worker 0 at ' + jobs['worker'][0]
-  now = time.time()
-  for secs in (4, 8, 12):  # The worker is needed when no step is done.
-    monkeypatch.setattr(time, 'time', lambda: now + secs)
+  for _ in range(9):
+    assert not ends
+    chief._silence['ps', 0] = 0
     chief._look_around()
-    chief.check()
   assert capsys.readouterr().out == 'Waiting for %s.\n' % name
-  monkeypatch.setattr(time, 'time', lambda: now + 14)
   chief._look_around()
-  with pytest.raises(UserError, match='%s did not come in 9 sec' % name):
-    chief.check()
+  assert ends == [(1, '%s has not answered for 9 seconds.' % name)]
+  for task in (server, chief):
+    task._leaving.set()  # Its threads end.
 
 
 class Tasks:
   """The processes of a cluster, which train on a generated data set."""
 
-  def __init__(self, start_script, train_dir, *flags):
-    self.train_dir, self.processes = train_dir, {}
-    self._start_script, self._jobs, self._flags = start_script, _jobs(), flags
+  def __init__(self, start_script, train_dir, jobs, *flags):
+    self.train_dir, self.processes, self.jobs = train_dir, {}, jobs
+    self._start_script, self._flags = start_script, flags
 
-  def start(self, *jobs):
-    for job in jobs:
-      self.processes[job] = self._start_script(
-          'cifar10_multi_gpu_train', '--train_dir=%s' % self.train_dir,
+  def start(self, *tasks, flags=(), script='cifar10_multi_gpu_train'):
+    for task in tasks:
+      job, index = task.split()
+      self.processes[task] = self._start_script(
+          script, '--train_dir=%s' % self.train_dir,
           '--dataset=synthetic', '--batch_size=8', '--log_frequency=1',
-          '--save_checkpoint_secs=1', *self._flags,
-          TF_CONFIG=_config(self._jobs, job))
+          '--save_checkpoint_secs=1', *self._flags, *flags,
+          TF_CONFIG=_config(self.jobs, job, int(index)))
 
-  def end(self, job, signum):
+  def end(self, task, signum):
     """Ends a task by a signal. Returns its code."""
-    self.processes[job].send_signal(signum)
-    return self.processes[job].wait(30)
+    self.processes[task].send_signal(signum)
+    return self.processes[task].wait(30)
 
-  def reach(self, step, job='chief'):
+  def reach(self, step, task='chief 0'):
     for _ in range(600):
-      path = self.processes[job].stdout_path
-      steps = printed_steps(path.read_text())
+      path = self.processes[task].stdout_path
+      steps = self.steps(task)
       if max(steps, default=-1) >= step:
         return
       time.sleep(0.1)
-    pytest.fail('%s did %s' % (job, steps))
+    pytest.fail('%s did %s: %s' % (task, steps, path.read_text()))
 
-  def codes(self):
-    """Returns the exit codes of all tasks, which have a minute to end."""
-    deadline = time.time() + 60
-    return {job: process.wait(max(0.1, deadline - time.time()))
-            for job, process in self.processes.items()}
+  def steps(self, task):
+    """Returns the steps that a task has printed, each line with its name."""
+    lines = self.processes[task].stdout_path.read_text().splitlines()
+    assert all(line.startswith(task + ': ') for line in lines)
+    return printed_steps('\n'.join(
+        line.removeprefix(task + ': ') for line in lines))
+
+  def last_error(self, task):
+    """Returns the end of the last line on stderr, after names."""
+    *_, line = self.processes[task].stderr_path.read_text().splitlines()
+    start = '%s: cifar10_multi_gpu_train.py: ' % task
+    assert line.startswith(start)  # TensorFlow may complain, too, before.
+    return line.removeprefix(start)
+
+  def codes(self, secs=60):
+    """Returns the exit codes of all tasks, in the order in which they end."""
+    codes, deadline = {}, time.time() + secs
+    while len(codes) < len(self.processes) and time.time() < deadline:
+      codes.update({task: process.returncode
+                    for task, process in self.processes.items()
+                    if task not in codes and process.poll() is not None})
+      time.sleep(0.02)
+    return codes
 
 
 def test_cluster_outlives_worker_and_chief_and_ends_together(
     start_script, synthetic_dir, tmp_path):
-  cluster = Tasks(start_script, tmp_path, '--data_dir=%s' % synthetic_dir,
-                  '--max_steps=120')
-  cluster.start('ps', 'chief', 'worker')
-  cluster.reach(5, 'worker')
-  cluster.end('worker', signal.SIGKILL)
-  cluster.start('worker')
-  cluster.reach(10, 'worker')
-  assert cluster.end('chief', signal.SIGTERM) == 143
-  assert 10 < newest_step(tmp_path) < 120
-  cluster.start('chief')
-  assert set(cluster.codes().values()) == {0}
-  assert newest_step(tmp_path) == 120
-
-
-def test_asynchronous_chief_waits_for_no_worker_but_needs_its_server(
-    start_script, synthetic_dir, tmp_path):
-  cluster = Tasks(
-      start_script, tmp_path, '--data_dir=%s' % synthetic_dir,
-      '--max_steps=100', '--nosync_replicas', '--use_bfloat16')
-  cluster.start('ps', 'chief')
-  cluster.reach(5)
-  cluster.end('ps', signal.SIGKILL)
-  assert cluster.codes()['chief'] == 1
-  # TensorFlow may complain, too, before.
-  *_, line = cluster.processes['chief'].stderr_path.read_text().splitlines()
-  assert re.fullmatch(
-      r'cifar10_multi_gpu_train\.py: ps 0 at \S+ is gone, .*', line)
-  cluster.start('ps', 'chief')
-  assert set(cluster.codes().values()) == {0}
+  cluster = Tasks(start_script, tmp_path, _jobs(),
+                  '--data_dir=%s' % synthetic_dir, '--max_steps=100')
+  cluster.start('ps 0', 'chief 0')
+  cluster.start('worker 0', flags=['--momentum=0.5'])
+  assert cluster.processes['worker 0'].wait(60) == 1
+  assert cluster.last_error('worker 0') == (
+      '--momentum is 0.5 here, but 0.0 at chief 0 at %s: start all tasks with '
+      'the same flags.' % cluster.jobs['chief'][0])
+  assert not cluster.steps('chief 0')
+  cluster.start('worker 0')
+  cluster.reach(5, 'worker 0')
+  cluster.end('worker 0', signal.SIGKILL)
+  cluster.start('worker 0')
+  cluster.reach(10, 'worker 0')
+  assert cluster.end('chief 0', signal.SIGTERM) == 143
+  assert 10 < newest_step(tmp_path) < 100
+  cluster.start('chief 0')
+  assert cluster.codes() == {'chief 0': 0, 'worker 0': 0, 'ps 0': 0}
   assert newest_step(tmp_path) == 100
+  cluster.start('worker 0')  # Too late, but no failure.
+  assert cluster.codes()['worker 0'] == 0
+
+
+def test_asynchronous_cluster_needs_its_servers_and_stops_all_at_once(
+    start_script, synthetic_dir, tmp_path):
+  flags = ('--data_dir=%s' % synthetic_dir, '--max_steps=10000',
+           '--nosync_replicas', '--use_bfloat16')
+  cluster = Tasks(
+      start_script, tmp_path, _jobs(workers=0, servers=2), *flags)
+  cluster.start('ps 0', 'ps 1', 'chief 0')
+  cluster.reach(5)
+  cluster.end('ps 1', signal.SIGKILL)
+  assert cluster.codes() == {'ps 1': -9, 'ps 0': 1, 'chief 0': 1}
+  for task, start in ('chief 0', ''), ('ps 0', 'the chief: '):
+    assert cluster.last_error(task) == (
+        '%sps 1 at %s is gone, and the variables with it: start all tasks '
+        'again.' % (start, cluster.jobs['ps'][1]))
+  cluster = Tasks(start_script, tmp_path, _jobs(workers=0), *flags)
+  cluster.start('ps 0', 'chief 0')
+  cluster.reach(5)
+  for process in cluster.processes.values():
+    process.send_signal(signal.SIGTERM)
+  assert list(cluster.codes(20).items()) == [('chief 0', 143), ('ps 0', 143)]
+  assert newest_step(tmp_path) == cluster.steps('chief 0')[-1] + 1
+
+
+_IMPATIENT = """
+import sys
+sys.path.insert(0, %r)
+import cifar10_train
+import cifar10_multi_gpu_train as script
+script.TIMEOUT_SECS = 3
+cifar10_train.run_script(script.main, script.define_flags)
+"""
+
+
+def test_server_that_listens_but_does_not_answer_is_named(
+    start_script, synthetic_dir, tmp_path):
+  path = tmp_path / 'cifar10_multi_gpu_train.py'
+  path.write_text(_IMPATIENT % str(ROOT))
+  cluster = Tasks(start_script, tmp_path / 'run', _jobs(workers=0),
+                  '--data_dir=%s' % synthetic_dir, '--nosync_replicas')
+  host, port = cluster.jobs['ps'][0].split(':')
+  with socket.socket() as mute:
+    mute.bind((host, int(port)))
+    mute.listen()
+    cluster.start('chief 0', script=str(path))
+    assert cluster.codes() == {'chief 0': 1}
+  assert cluster.last_error('chief 0') == (
+      'ps 0 at %s:%s has not answered for 3 seconds.' % (host, port))

@@ -36,7 +36,7 @@ SCRIPT = os.path.join(sys.path[1], 'cifar10_multi_gpu_train.py')
 WORKERS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
 SERVERS = [1, 2, 4, 16, 64]
 GIGABITS = [1, 10, 100]
-ROUND_TRIPS = 4  # Step counter, variables, gradients, token.
+ROUND_TRIPS = 4  # Ticket, variables, gradients, update.
 SLOW_LINKS = [1000, 200]  # Mbit/s, in each direction.
 LATENCY_SECS = 1e-4  # Of the network, there and back.
 
