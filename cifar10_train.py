@@ -241,11 +241,13 @@ def _session(scaffold, task, logger):
   if task.is_chief:  # After the logger, which may refuse the step.
     hooks.append(tf.train.CheckpointSaverHook(
         FLAGS.train_dir, FLAGS.save_checkpoint_secs, scaffold=scaffold))
+  else:
+    hooks = [*task.hooks, *hooks]
   with tf.name_scope('session'):  # One box in TensorBoard's graph.
     return tf.train.MonitoredTrainingSession(
-        task.target, task.is_chief, scaffold=scaffold,
-        hooks=[*task.hooks, *hooks], config=task.config,
-        summary_dir=FLAGS.train_dir,
+        task.target, task.is_chief, scaffold=scaffold, config=task.config,
+        # A task's own come before all others: they complete the step.
+        chief_only_hooks=task.hooks, hooks=hooks, summary_dir=FLAGS.train_dir,
         save_summaries_steps=FLAGS.save_summary_steps,
         log_step_count_steps=FLAGS.save_summary_steps)
 
