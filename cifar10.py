@@ -263,23 +263,19 @@ def _weights_and_biases(shape, dtype, stddev, bias, decay=None,
   joins the collection `losses`. There is one bias for each output, the last
   dimension of `shape`, unless `bias_shape` is given.
   """
-  weights = _variable_on_cpu(
-      'weights', shape, tf.truncated_normal_initializer(stddev=stddev))
-  biases = _variable_on_cpu(
-      'biases', bias_shape or shape[-1:], tf.constant_initializer(bias))
+  # The CPU's memory is in reach of all GPUs. `get_variable` makes a variable, or
+  # finds it where a second tower asks for it again.
+  with tf.device('/cpu:0'):
+    weights = tf.get_variable(
+        'weights', shape, tf.float32,
+        tf.truncated_normal_initializer(stddev=stddev))
+    biases = tf.get_variable(
+        'biases', bias_shape or shape[-1:], tf.float32,
+        tf.constant_initializer(bias))
   if decay is not None:
     weight_loss = tf.multiply(tf.nn.l2_loss(weights), decay, name='weight_loss')
     tf.add_to_collection('losses', weight_loss)
   return tf.cast(weights, dtype), tf.cast(biases, dtype)
-
-
-def _variable_on_cpu(name, shape, initializer):
-  """Makes a variable, or finds it where a second tower asks for it again.
-
-  That is what `get_variable` is for. The CPU's memory is in reach of all GPUs.
-  """
-  with tf.device('/cpu:0'):
-    return tf.get_variable(name, shape, tf.float32, initializer)
 
 
 def local_response_normalization(
@@ -458,13 +454,10 @@ def _moving_average(value):
 
 def _precision_summary(logits, labels):
   """How many of a batch are right; evaluation's has the same tag."""
-  tag = 'Precision @ 1'
-
-  def draw():
+  with tf.name_scope(None), tf.name_scope('summaries/'):
     hits = tf.cast(tf.nn.in_top_k(logits, labels, 1), tf.float32)
-    return tf.raw_ops.ScalarSummary(tags=tag, values=tf.reduce_mean(hits))
-
-  _summary(tag, draw)
+    precision = tf.reduce_mean(hits)
+  _scalar_summary('Precision @ 1', precision)
 
 
 def _activation_summaries(**layers):

@@ -709,8 +709,8 @@ DATASETS = {dataset.name: dataset
 def described_dataset():
   """Returns CIFAR-10, or what a script has put in its place.
 
-  Its files may have any number of records, as no check knows how many, and this
-  module's constants tell the rest.
+  Its files may have any number of records. How many classes they have, and how
+  many examples an epoch, this module's constants tell.
   """
   return dataclasses.replace(
       CIFAR10, train_files=dict.fromkeys(CIFAR10.train_files),

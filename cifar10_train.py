@@ -424,7 +424,8 @@ def check_classes(folder, dataset):
 
 
 def adopt_run(folder, names):
-  """Makes flags of a run, and its precision, defaults. Returns `read_run`."""
+  """Takes defaults of flags, and the precision, from a run. Returns `read_run`.
+  """
   run = read_run(folder)
   if not FLAGS['use_fp16'].present and not FLAGS['use_bfloat16'].present:
     names += ('use_fp16', 'use_bfloat16')
