@@ -38,7 +38,7 @@ NUM_MISTAKES = 10  # The surest ones are shown in TensorBoard.
 
 
 def evaluate():
-  """Evaluates checkpoints as they come. Returns the exit code."""
+  """Evaluates checkpoints as they come."""
   evaluation = None
   for checkpoint in _checkpoints():
     # Only now is there a run to take flags from; another may overwrite it.
@@ -53,7 +53,6 @@ def evaluate():
       if checkpoint in cifar10_train.checkpoints(FLAGS.checkpoint_dir).values():
         raise
       say(f'{checkpoint} was removed before its evaluation.')
-  return 0
 
 
 def _checkpoints():
@@ -182,9 +181,6 @@ def eval_once(checkpoint, evaluation):
   Args:
     checkpoint: its path, without a suffix.
     evaluation: the `Evaluation`.
-
-  Returns:
-    Precision @ 1, from 0 to 1.
   """
   dataset, files = evaluation.dataset, evaluation.files
   folder = cifar10.data_folder(dataset)
@@ -220,7 +216,6 @@ def eval_once(checkpoint, evaluation):
   _add_image(summary, 'surest_mistakes',
              _draw_mistakes(outcome.mistakes, dataset.classes))
   evaluation.write_event(step=step, summary=summary)
-  return outcome.precision
 
 
 class Progress:
@@ -400,7 +395,7 @@ def predict(paths):
 
 
 def export(folder):
-  """Writes a SavedModel. Returns the exit code.
+  """Writes a SavedModel.
 
   Its signature `serving_default` takes `images`, uint8 [batch, height, width,
   3]; `encoded` takes `encoded`, the strings [batch] of picture files. Both give
@@ -430,7 +425,6 @@ def export(folder):
       tf.io.gfile.rmtree(folder)  # Half a model would be in the way next time.
       raise
   say(f'Exported {checkpoint} to {folder}.')
-  return 0
 
 
 def _classify(planes, classes):
@@ -498,7 +492,7 @@ def main(argv=None):
   if FLAGS.predictions_csv:
     cifar10_input.write_file(
         FLAGS.predictions_csv, lambda f: f.write('?'), is_trial=True)
-  return evaluate()
+  evaluate()
 
 
 if __name__ == '__main__':

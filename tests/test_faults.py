@@ -73,8 +73,6 @@ DAMAGE = {
     'gone': lambda path: path.unlink(),
     'a pipe': lambda path: _replace(path, os.mkfifo),
     'not a number': _save_nan,
-    'first byte flipped': lambda path: _flip(path, 0),
-    'middle byte flipped': lambda path: _flip(path, 0.5),
     'last byte flipped': lambda path: _flip(path, 0.9999999),
 }
 
