@@ -11,6 +11,17 @@ The shuffle queue holds records as they lie on disk. A batch is distorted after
 it has left that queue, all of its images at once, and then waits in the last
 queue, so that the network need not wait.
 """
+import sys
+
+
+def _show_error(kind, *error, show=sys.excepthook):
+  if kind is not KeyboardInterrupt:
+    show(kind, *error)
+
+
+# The imports take seconds, in which Ctrl-C ends a script without a traceback.
+sys.excepthook = _show_error
+
 import contextlib
 import dataclasses
 import errno
@@ -24,11 +35,8 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import socket
-import sys
 import tarfile
-import threading
 import types
 import typing
 import warnings
@@ -38,14 +46,6 @@ try:
   import fcntl
 except ImportError:  # Windows has no such locks.
   fcntl = None
-
-# What follows takes seconds, in which Ctrl-C ends a script without a traceback.
-# It does not end a notebook, nor what a shell has started with Ctrl-C ignored.
-_is_script = (hasattr(sys.modules['__main__'], '__file__')
-              and threading.current_thread() is threading.main_thread()
-              and signal.getsignal(signal.SIGINT) != signal.SIG_IGN)
-if _is_script:
-  _sigint = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import PIL.Image
@@ -65,8 +65,6 @@ try:
 finally:
   os.dup2(_stderr, 2)
   os.close(_stderr)
-  if _is_script:
-    signal.signal(signal.SIGINT, _sigint)
 
 # A picture is read, or refused with an exception.
 warnings.filterwarnings('ignore', module='PIL')
