@@ -263,8 +263,8 @@ def _weights_and_biases(shape, dtype, stddev, bias, decay=None,
   joins the collection `losses`. There is one bias for each output, the last
   dimension of `shape`, unless `bias_shape` is given.
   """
-  # The CPU's memory is in reach of all GPUs. `get_variable` makes a variable, or
-  # finds it where a second tower asks for it again.
+  # The CPU's memory is in reach of all GPUs. `get_variable` makes a variable,
+  # or finds it where a second tower asks for it again.
   with tf.device('/cpu:0'):
     weights = tf.get_variable(
         'weights', shape, tf.float32,

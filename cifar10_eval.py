@@ -189,19 +189,20 @@ def eval_once(checkpoint, evaluation):
   step = cifar10_train.step_of(checkpoint)
   num_examples = min(FLAGS.num_examples, sum(files.values()))
   outcome = Outcome(len(dataset.classes), num_examples)
-  with evaluation.graph.as_default(), tf.train.MonitoredSession(
-      tf.train.ChiefSessionCreator(
-          evaluation.scaffold,
-          checkpoint_filename_with_path=checkpoint)) as session:
-    *batch, summary = session.run(evaluation.fetches)
-    outcome.add(*batch)
-    progress = Progress(num_examples)  # The first batch tells no speed.
-    progress.show(outcome.total)
-    while outcome.total < num_examples:
-      outcome.add(*session.run(evaluation.fetches[:3]))
+  try:
+    with evaluation.graph.as_default(), tf.train.MonitoredSession(
+        tf.train.ChiefSessionCreator(
+            evaluation.scaffold,
+            checkpoint_filename_with_path=checkpoint)) as session:
+      *batch, summary = session.run(evaluation.fetches)
+      outcome.add(*batch)
+      progress = Progress(num_examples)  # The first batch tells no speed.
       progress.show(outcome.total)
-  # The input begins again when files end, also where they end too soon.
-  cifar10_input.check_files(dataset, folder, files)
+      while outcome.total < num_examples:
+        outcome.add(*session.run(evaluation.fetches[:3]))
+        progress.show(outcome.total)
+  finally:  # A file that has changed meanwhile explains any other error.
+    cifar10_input.check_files(dataset, folder, files)
   say(f'{datetime.now()}: precision @ 1 = {outcome.precision:.3f}')
   say(f'{outcome.correct}/{outcome.total} correct at step {step}')
   outcome.print_classes(dataset.classes)

@@ -430,8 +430,9 @@ def own_dataset(folder, data_dir):
 def _counted(dataset, folder):
   """Returns a data set with the numbers of records that its files have now."""
   def count(files):
-    return {name: os.path.getsize(os.path.join(folder, name))
-                  // dataset.record_bytes for name in files}
+    sizes = {name: os.path.getsize(os.path.join(folder, name))
+             for name in files}
+    return {name: size // dataset.record_bytes for name, size in sizes.items()}
 
   check_files(dataset, folder, dataset.files)
   return dataclasses.replace(
