@@ -378,9 +378,9 @@ class Cluster(cifar10_train.Task):
         self.is_chief and code in (0, 1)) else {}
     self._leaving.set()
     # The servers of a run that has no step left may be starting still.
-    deadline = time.time() + (30 if self.is_chief and code == 0 else 5)
+    deadline = time.monotonic() + (30 if self.is_chief and code == 0 else 5)
     for thread in self._threads:
-      thread.join(max(0, deadline - time.time()))
+      thread.join(max(0, deadline - time.monotonic()))
     if message:
       cifar10_train.fail(code, message)
     os._exit(code)
@@ -469,9 +469,11 @@ class StepHook(tf.train.SessionRunHook):
       time.sleep(0.1)
 
   def after_create_session(self, session, coord):
-    if self._has_begun:  # TensorFlow would go on with new variables.
-      raise UserError('a parameter server was lost, and the variables with it: '
-                      'start all tasks again.')
+    # A connection broke, and TensorFlow has made a session anew. A worker goes
+    # on with it, but a chief's begins with the values that the run began with.
+    if self._has_begun and self._cluster.is_chief:
+      raise UserError('the connection to a parameter server was lost: start '
+                      'all tasks again.')
     self._has_begun = True
     step = session.run(tf.train.get_global_step())
     if self._cluster.is_chief:
@@ -495,7 +497,7 @@ class StepHook(tf.train.SessionRunHook):
 
   def _end_step(self, session):
     """Waits: the chief for all gradients of a step, a worker for the next."""
-    start, workers = time.time(), range(self._cluster.num_workers)
+    start, workers = time.monotonic(), range(self._cluster.num_workers)
     while True:
       self._cluster.check()
       try:
@@ -512,7 +514,7 @@ class StepHook(tf.train.SessionRunHook):
         self._number = tickets[-1]
         return
       # Often enough to lose little, and no oftener: others compute meanwhile.
-      time.sleep(min(0.2, max(0.005, 0.05 * (time.time() - start))))
+      time.sleep(min(0.2, max(0.005, 0.05 * (time.monotonic() - start))))
 
 
 def _place(worker, variable):
