@@ -106,23 +106,21 @@ RECIPES = {
 # The input, from where the flags say.
 
 
-def maybe_download_and_extract(dataset=None, url=None):
-  """Makes sure that a data set, by default CIFAR-10, is in --data_dir."""
-  if dataset is None:
-    dataset, url = cifar10_input.CIFAR10, url or DATA_URL
-  cifar10_input.maybe_download_and_extract(dataset, FLAGS.data_dir, url)
+def maybe_download_and_extract():
+  """Makes sure that CIFAR-10 is in --data_dir."""
+  cifar10_input.maybe_download_and_extract(
+      cifar10_input.CIFAR10, FLAGS.data_dir, DATA_URL)
 
 
 def distorted_inputs(dataset=None, batch_size=None, **options):
   """Builds the input of training, from --data_dir.
 
   Args:
-    dataset: the `cifar10_input.Dataset`; by default CIFAR-10, or what the
-      constants of a script describe.
+    dataset: the `cifar10_input.Dataset`; by default CIFAR-10, or what a script
+      has put in its place, see `cifar10_input.described_dataset`.
     batch_size: images a batch; by default --batch_size.
     **options: of `cifar10_input.distorted_inputs`, which says what it returns.
   """
-  dataset = dataset or _described_dataset()
   images, labels = cifar10_input.distorted_inputs(
       data_folder(dataset), batch_size or FLAGS.batch_size, dataset, **options)
   _image_summary('images', images)
@@ -137,22 +135,16 @@ def inputs(eval_data, dataset=None, **options):
     dataset: as for `distorted_inputs`.
     **options: of `cifar10_input.inputs`, which says what it returns.
   """
-  dataset = dataset or _described_dataset()
   images, labels = cifar10_input.inputs(
       eval_data, data_folder(dataset), FLAGS.batch_size, dataset, **options)
   _image_summary('images', images)
   return images, labels
 
 
-def _described_dataset():
-  return cifar10_input.described_dataset(
-      NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN,
-      NUM_EXAMPLES_PER_EPOCH_FOR_EVAL)
-
-
-def data_folder(dataset):
-  """Returns where the files of a data set lie."""
-  return cifar10_input.data_folder(dataset, FLAGS.data_dir)
+def data_folder(dataset=None):
+  """Returns where the files of a data set, by default CIFAR-10, lie."""
+  return cifar10_input.data_folder(
+      dataset or cifar10_input.CIFAR10, FLAGS.data_dir)
 
 
 # The network.
@@ -271,23 +263,19 @@ def _weights_and_biases(shape, dtype, stddev, bias, decay=None,
   joins the collection `losses`. There is one bias for each output, the last
   dimension of `shape`, unless `bias_shape` is given.
   """
-  weights = _variable_on_cpu(
-      'weights', shape, tf.truncated_normal_initializer(stddev=stddev))
-  biases = _variable_on_cpu(
-      'biases', bias_shape or shape[-1:], tf.constant_initializer(bias))
+  # The CPU's memory is in reach of all GPUs. `get_variable` makes a variable,
+  # or finds it where a second tower asks for it again.
+  with tf.device('/cpu:0'):
+    weights = tf.get_variable(
+        'weights', shape, tf.float32,
+        tf.truncated_normal_initializer(stddev=stddev))
+    biases = tf.get_variable(
+        'biases', bias_shape or shape[-1:], tf.float32,
+        tf.constant_initializer(bias))
   if decay is not None:
     weight_loss = tf.multiply(tf.nn.l2_loss(weights), decay, name='weight_loss')
     tf.add_to_collection('losses', weight_loss)
   return tf.cast(weights, dtype), tf.cast(biases, dtype)
-
-
-def _variable_on_cpu(name, shape, initializer):
-  """Makes a variable, or finds it where a second tower asks for it again.
-
-  That is what `get_variable` is for. The CPU's memory is in reach of all GPUs.
-  """
-  with tf.device('/cpu:0'):
-    return tf.get_variable(name, shape, tf.float32, initializer)
 
 
 def local_response_normalization(
@@ -466,13 +454,10 @@ def _moving_average(value):
 
 def _precision_summary(logits, labels):
   """How many of a batch are right; evaluation's has the same tag."""
-  tag = 'Precision @ 1'
-
-  def draw():
+  with tf.name_scope(None), tf.name_scope('summaries/'):
     hits = tf.cast(tf.nn.in_top_k(logits, labels, 1), tf.float32)
-    return tf.raw_ops.ScalarSummary(tags=tag, values=tf.reduce_mean(hits))
-
-  _summary(tag, draw)
+    precision = tf.reduce_mean(hits)
+  _scalar_summary('Precision @ 1', precision)
 
 
 def _activation_summaries(**layers):

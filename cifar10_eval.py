@@ -38,7 +38,7 @@ NUM_MISTAKES = 10  # The surest ones are shown in TensorBoard.
 
 
 def evaluate():
-  """Evaluates checkpoints as they come. Returns the exit code."""
+  """Evaluates checkpoints as they come."""
   evaluation = None
   for checkpoint in _checkpoints():
     # Only now is there a run to take flags from; another may overwrite it.
@@ -53,7 +53,6 @@ def evaluate():
       if checkpoint in cifar10_train.checkpoints(FLAGS.checkpoint_dir).values():
         raise
       say(f'{checkpoint} was removed before its evaluation.')
-  return 0
 
 
 def _checkpoints():
@@ -69,8 +68,6 @@ def _checkpoints():
     last_step = cifar10_train.read_run(folder).get('max_steps', math.inf)
     is_complete = (
         FLAGS.run_once or is_one or max(steps, default=0) >= last_step)
-    if is_complete and steps == listed:
-      return
     if steps != listed and (is_complete or time.monotonic() >= next_time):
       listed = steps
       checkpoint = (_latest_checkpoint() if is_complete
@@ -79,6 +76,8 @@ def _checkpoints():
         evaluated = checkpoint
         next_time = time.monotonic() + FLAGS.eval_interval_secs
         yield checkpoint
+    elif is_complete:
+      return
     else:
       time.sleep(1)
 
@@ -127,7 +126,7 @@ class Evaluation:
         cifar10_train.EVAL_FOLDER)
     tf.io.gfile.makedirs(eval_dir)
     self._writer = tf.io.TFRecordWriter(os.path.join(
-        eval_dir, 'events.out.tfevents.%010d.%s.%d' % (
+        eval_dir, 'events.out.tfevents.%.6f.%s.%d' % (
             time.time(), socket.gethostname(), os.getpid())))
     self.write_event(file_version='brain.Event:2')
     self.write_event(graph_def=self.graph.as_graph_def(
@@ -141,7 +140,7 @@ class Evaluation:
 
 
 def _adopt_classes():
-  """Takes flags' defaults from the run, and returns its classes."""
+  """Takes the network's flags from the run, and returns its classes."""
   run = cifar10_train.adopt_run(FLAGS.checkpoint_dir, ('model', 'image_size'))
   if 'classes' in run:
     return run['classes']
@@ -182,9 +181,6 @@ def eval_once(checkpoint, evaluation):
   Args:
     checkpoint: its path, without a suffix.
     evaluation: the `Evaluation`.
-
-  Returns:
-    Precision @ 1, from 0 to 1.
   """
   dataset, files = evaluation.dataset, evaluation.files
   folder = cifar10.data_folder(dataset)
@@ -192,22 +188,21 @@ def eval_once(checkpoint, evaluation):
   cifar10_train.check_checkpoint(checkpoint, evaluation.variables)
   step = cifar10_train.step_of(checkpoint)
   num_examples = min(FLAGS.num_examples, sum(files.values()))
-  outcome = Outcome(len(dataset.classes))
-  with evaluation.graph.as_default(), tf.train.MonitoredSession(
-      tf.train.ChiefSessionCreator(
-          evaluation.scaffold,
-          checkpoint_filename_with_path=checkpoint)) as session:
-    *batch, summary = session.run(evaluation.fetches)
-    outcome.add(*(values[:num_examples] for values in batch))
-    progress = Progress(num_examples)
-    progress.show(outcome.total)
-    while outcome.total < num_examples:
-      batch = session.run(evaluation.fetches[:3])
-      rest = num_examples - outcome.total  # The last batch may have more.
-      outcome.add(*(values[:rest] for values in batch))
+  outcome = Outcome(len(dataset.classes), num_examples)
+  try:
+    with evaluation.graph.as_default(), tf.train.MonitoredSession(
+        tf.train.ChiefSessionCreator(
+            evaluation.scaffold,
+            checkpoint_filename_with_path=checkpoint)) as session:
+      *batch, summary = session.run(evaluation.fetches)
+      outcome.add(*batch)
+      progress = Progress(num_examples)  # The first batch tells no speed.
       progress.show(outcome.total)
-  # The input begins again when files end, also where they end too soon.
-  cifar10_input.check_files(dataset, folder, files)
+      while outcome.total < num_examples:
+        outcome.add(*session.run(evaluation.fetches[:3]))
+        progress.show(outcome.total)
+  finally:  # A file that has changed meanwhile explains any other error.
+    cifar10_input.check_files(dataset, folder, files)
   say(f'{datetime.now()}: precision @ 1 = {outcome.precision:.3f}')
   say(f'{outcome.correct}/{outcome.total} correct at step {step}')
   outcome.print_classes(dataset.classes)
@@ -217,9 +212,11 @@ def eval_once(checkpoint, evaluation):
   # Training has these tags, too, so that each is one chart.
   summary.value.add(tag='Precision @ 1', simple_value=outcome.precision)
   summary.value.add(tag='cross_entropy', simple_value=outcome.cross_entropy)
-  outcome.add_pictures(summary, dataset.classes)
+  _add_image(summary, 'confusion',
+             _draw_confusion(outcome.confusion, dataset.classes))
+  _add_image(summary, 'surest_mistakes',
+             _draw_mistakes(outcome.mistakes, dataset.classes))
   evaluation.write_event(step=step, summary=summary)
-  return outcome.precision
 
 
 class Progress:
@@ -247,16 +244,20 @@ class Outcome:
   confusion: int64 [classes, classes], the number of examples by their true and
     their predicted class.
   cross_entropy: float, the mean of -log of the true class's probability.
+  mistakes: list of the surest ones: probability, both classes and image.
   """
 
-  def __init__(self, num_classes):
+  def __init__(self, num_classes, num_examples):
     self.confusion = np.zeros([num_classes, num_classes], np.int64)
+    self.mistakes = []
+    self._num_examples = num_examples
     self._answers = []
-    self._mistakes = []  # The surest ones: probability, classes and image.
     self._cross_entropies = 0.0
 
-  def add(self, images, labels, probabilities):
+  def add(self, *batch):
     """Counts a batch: images, labels [n], probabilities [n, classes]."""
+    rest = self._num_examples - self.total  # The last batch may have more.
+    images, labels, probabilities = (values[:rest] for values in batch)
     predicted = probabilities.argmax(axis=1)
     np.add.at(self.confusion, (labels, predicted), 1)
     self._answers.extend(zip(labels, predicted, probabilities))
@@ -264,8 +265,8 @@ class Outcome:
     self._cross_entropies -= np.log(
         np.maximum(of_truth, np.finfo(np.float32).tiny)).sum()
     wrong, = np.nonzero(predicted != labels)
-    self._mistakes = heapq.nlargest(
-        NUM_MISTAKES, self._mistakes + [
+    self.mistakes = heapq.nlargest(
+        NUM_MISTAKES, self.mistakes + [
             (probabilities[i].max(), labels[i], predicted[i], images[i])
             for i in wrong], key=operator.itemgetter(0))
 
@@ -313,12 +314,6 @@ class Outcome:
 
     cifar10_input.write_file(path, write)
 
-  def add_pictures(self, summary, classes):
-    """Adds the confusion matrix and the surest mistakes to a summary."""
-    _add_image(summary, 'confusion', _draw_confusion(self.confusion, classes))
-    _add_image(summary, 'surest_mistakes',
-               _draw_mistakes(self._mistakes, classes))
-
 
 def _add_image(summary, tag, image):
   """Adds a picture of Pillow's to a summary."""
@@ -345,7 +340,7 @@ def _draw_confusion(confusion, classes):
   names = PIL.Image.new('RGB', [130, side], 'white')
   draw = PIL.ImageDraw.Draw(names)
   for i, name in enumerate(classes):
-    draw.text([4, cell * i + 10], _in_ascii(name)[:20], 'black')
+    draw.text([4, cell * i + 10], name[:20], 'black')
   picture = PIL.Image.new('RGB', [names.width + side] * 2, 'white')
   picture.paste(matrix, [names.width, names.width])
   picture.paste(names, [0, names.width])
@@ -365,14 +360,8 @@ def _draw_mistakes(mistakes, classes):
         np.uint8(255 * (image - low) / max(high - low, 1e-9)))
     picture.paste(shown.resize([side, side]), [x, y])
     draw.text([x, y + side + 4], '%.22s\ntaken for %.14s %.3f' % (
-        _in_ascii(classes[true]), _in_ascii(classes[predicted]), probability),
-              'black')
+        classes[true], classes[predicted], probability), 'black')
   return picture
-
-
-def _in_ascii(name):
-  """Returns a name in the letters that Pillow's own font has for sure."""
-  return name.encode('ascii', 'replace').decode()
 
 
 # Single pictures, and a model to serve.
@@ -407,7 +396,7 @@ def predict(paths):
 
 
 def export(folder):
-  """Writes a SavedModel. Returns the exit code.
+  """Writes a SavedModel.
 
   Its signature `serving_default` takes `images`, uint8 [batch, height, width,
   3]; `encoded` takes `encoded`, the strings [batch] of picture files. Both give
@@ -437,7 +426,6 @@ def export(folder):
       tf.io.gfile.rmtree(folder)  # Half a model would be in the way next time.
       raise
   say(f'Exported {checkpoint} to {folder}.')
-  return 0
 
 
 def _classify(planes, classes):
@@ -505,7 +493,7 @@ def main(argv=None):
   if FLAGS.predictions_csv:
     cifar10_input.write_file(
         FLAGS.predictions_csv, lambda f: f.write('?'), is_trial=True)
-  return evaluate()
+  evaluate()
 
 
 if __name__ == '__main__':

@@ -11,6 +11,17 @@ The shuffle queue holds records as they lie on disk. A batch is distorted after
 it has left that queue, all of its images at once, and then waits in the last
 queue, so that the network need not wait.
 """
+import sys
+
+
+def _show_error(kind, *error, show=sys.excepthook):
+  if kind is not KeyboardInterrupt:
+    show(kind, *error)
+
+
+# The imports take seconds, in which Ctrl-C ends a script without a traceback.
+sys.excepthook = _show_error
+
 import contextlib
 import dataclasses
 import errno
@@ -24,12 +35,8 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import socket
-import stat
-import sys
 import tarfile
-import threading
 import types
 import typing
 import warnings
@@ -39,14 +46,6 @@ try:
   import fcntl
 except ImportError:  # Windows has no such locks.
   fcntl = None
-
-# What follows takes seconds, in which Ctrl-C ends a script without a traceback.
-# It does not end a notebook, nor what a shell has started with Ctrl-C ignored.
-_is_script = (hasattr(sys.modules['__main__'], '__file__')
-              and threading.current_thread() is threading.main_thread()
-              and signal.getsignal(signal.SIGINT) != signal.SIG_IGN)
-if _is_script:
-  _sigint = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import PIL.Image
@@ -66,8 +65,6 @@ try:
 finally:
   os.dup2(_stderr, 2)
   os.close(_stderr)
-  if _is_script:
-    signal.signal(signal.SIGINT, _sigint)
 
 # A picture is read, or refused with an exception.
 warnings.filterwarnings('ignore', module='PIL')
@@ -88,8 +85,8 @@ HEIGHT, WIDTH, DEPTH = 32, 32, 3
 # in training, the central one in evaluation.
 IMAGE_SIZE = 24
 
-# What CIFAR-10 has. A script with data of its own may set these three, and
-# IMAGE_SIZE, before it builds its input, which reads them then.
+# What CIFAR-10 has. A script with data of its own may set these and IMAGE_SIZE
+# before it builds its input, which reads them then.
 NUM_CLASSES = 10
 NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = 50000
 NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = 10000
@@ -134,6 +131,89 @@ def say(text, file=None):
         os.dup2(devnull.fileno(), file.fileno())
 
 
+def what_went_wrong(error):
+  """Returns what an error says in one line, without TensorFlow's stack."""
+  message = getattr(error, 'message', None) or str(error) or repr(error)
+  before_stack = re.search(r'^(.*)\n\s*\[\[\{\{node', message, re.MULTILINE)
+  return before_stack[1] if before_stack else message.splitlines()[0]
+
+
+# Folders and files that the scripts write to.
+
+
+@contextlib.contextmanager
+def locked(folder, flag, wait=False):
+  """Lets one process at a time into a folder, which is made if need be.
+
+  The system takes the lock back when the process ends, however it ends; to
+  remove its file could let two processes in. Folders behind a URL and systems
+  without `flock` do without. A UserError names the flag if the folder cannot be
+  written to, or another process has the lock and `wait` is false.
+  """
+  path = os.path.join(folder, f'.{flag}.lock')
+  flag = f'--{flag}={folder}'
+  try:
+    tf.io.gfile.makedirs(folder)
+    lock = contextlib.nullcontext()
+    if fcntl and '://' not in folder:
+      lock = open(path, 'a+', opener=lambda path, flags: os.open(
+          path, flags | os.O_NOFOLLOW, 0o666))
+  except (OSError, tf.errors.OpError) as error:
+    raise UserError(f'{flag} cannot be written to: '
+                    f'{what_went_wrong(error)}') from error
+  with lock as file:
+    if file:
+      _lock(file, flag, wait)
+    yield
+
+
+def _lock(file, flag, wait):
+  """Locks an open file, and writes the number of this process to it."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.seek(0)
+    holder = f'process {file.read()} uses {flag}'
+    if not wait:
+      raise UserError(
+          f'{holder}: end it first, or name another folder.') from None
+    say(f'Waiting: {holder}.')
+    fcntl.flock(file, fcntl.LOCK_EX)
+  except OSError as error:  # Some file systems have no locks.
+    say(f'{flag} cannot be locked ({error.strerror}): take care that no other '
+        'process writes to it.')
+    return
+  with contextlib.suppress(OSError):  # A full disk can do without the number.
+    os.truncate(file.fileno(), 0)
+    os.write(file.fileno(), b'%d' % os.getpid())
+
+
+def write_file(path, write, is_trial=False):
+  """Writes a text file, whole or not at all: `write` gets it open.
+
+  It takes its name when it is complete. A UserError names a path that is in the
+  way of that: a link, which may lead out of the folder, or no file.
+  """
+  if os.path.islink(path) or os.path.exists(path) and not os.path.isfile(path):
+    raise UserError(f'{path} is no regular file: remove it, or name another.')
+  unfinished = path + '.tmp'
+  try:
+    with contextlib.suppress(tf.errors.NotFoundError):
+      tf.io.gfile.remove(unfinished)
+    with tf.io.gfile.GFile(unfinished, 'w') as f:
+      write(f)
+    if is_trial:  # Of whether it can be done.
+      tf.io.gfile.remove(unfinished)
+    else:
+      tf.io.gfile.rename(unfinished, path, overwrite=True)
+  except tf.errors.OpError as error:
+    raise UserError(f'{path} cannot be written: '
+                    f'{what_went_wrong(error)}') from error
+
+
+# What a data set is, and how it is had.
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
   """The description of a data set in CIFAR-10's binary format.
@@ -173,9 +253,6 @@ class Dataset:
     return self.files[name] * self.record_bytes
 
 
-# Getting the data.
-
-
 def maybe_download_and_extract(dataset, data_dir, url=None):
   """Makes sure that a data set's files are there, and returns their folder.
 
@@ -212,94 +289,16 @@ def data_folder(dataset, data_dir):
   """Returns the folder of a data set's files, which need not be there yet.
 
   It is below `data_dir`, unless that is itself the folder that has them all.
+  A reader's own records stay where they are.
   """
   data_dir = os.path.expanduser(data_dir)
   paths = {name: os.path.join(data_dir, name) for name in dataset.files}
-  if all(os.path.isfile(path) and dataset.files[name]
-         and os.path.getsize(path) == dataset.size_bytes(name)
-         for name, path in paths.items()):
+  if not os.path.isabs(dataset.folder) and all(
+      os.path.isfile(path) and dataset.files[name]
+      and os.path.getsize(path) == dataset.size_bytes(name)
+      for name, path in paths.items()):
     return data_dir
   return os.path.join(data_dir, dataset.folder)
-
-
-@contextlib.contextmanager
-def locked(folder, flag, wait=False):
-  """Lets one process at a time into a folder, which is made if need be.
-
-  The system takes the lock back when the process ends, however it ends; to
-  remove its file could let two processes in. Folders behind a URL and systems
-  without `flock` do without. A UserError names the flag if the folder cannot be
-  written to, or another process has the lock and `wait` is false.
-  """
-  path = os.path.join(folder, f'.{flag}.lock')
-  flag = f'--{flag}={folder}'
-  try:
-    tf.io.gfile.makedirs(folder)
-    lock = contextlib.nullcontext()
-    if fcntl and '://' not in folder:
-      lock = open(path, 'a+', opener=_open_no_link)
-  except (OSError, tf.errors.OpError) as error:
-    raise UserError(f'{flag} cannot be written to: '
-                    f'{what_went_wrong(error)}') from error
-  with lock as file:
-    if file:
-      _lock(file, flag, wait)
-    yield
-
-
-def _open_no_link(path, flags):
-  return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
-def _lock(file, flag, wait):
-  """Locks an open file, and writes the number of this process to it."""
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    file.seek(0)
-    holder = f'process {file.read()} uses {flag}'
-    if not wait:
-      raise UserError(
-          f'{holder}: end it first, or name another folder.') from None
-    say(f'Waiting: {holder}.')
-    fcntl.flock(file, fcntl.LOCK_EX)
-  except OSError as error:  # Some file systems have no locks.
-    say(f'{flag} cannot be locked ({error.strerror}): take care that no other '
-        'process writes to it.')
-    return
-  with contextlib.suppress(OSError):  # A full disk can do without the number.
-    file.truncate(0)
-    print(os.getpid(), file=file, end='', flush=True)
-
-
-def write_file(path, write, is_trial=False):
-  """Writes a text file, whole or not at all: `write` gets it open.
-
-  It takes its name when it is complete. A UserError names a path that is in the
-  way of that: a link, which may lead out of the folder, or no file.
-  """
-  if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-    raise UserError(f'{path} is no regular file: remove it, or name another.')
-  unfinished = path + '.tmp'
-  try:
-    with contextlib.suppress(tf.errors.NotFoundError):
-      tf.io.gfile.remove(unfinished)
-    with tf.io.gfile.GFile(unfinished, 'w') as f:
-      write(f)
-    if is_trial:  # Of whether it can be done.
-      tf.io.gfile.remove(unfinished)
-    else:
-      tf.io.gfile.rename(unfinished, path, overwrite=True)
-  except tf.errors.OpError as error:
-    raise UserError(f'{path} cannot be written: '
-                    f'{what_went_wrong(error)}') from error
-
-
-def what_went_wrong(error):
-  """Returns what an error says in one line, without TensorFlow's stack."""
-  message = getattr(error, 'message', None) or str(error) or repr(error)
-  before_stack = re.search(r'^(.*)\n\s*\[\[\{\{node', message, re.MULTILINE)
-  return before_stack[1] if before_stack else message.splitlines()[0]
 
 
 def _get(dataset, folder, url):
@@ -327,7 +326,7 @@ def _get(dataset, folder, url):
 
 
 def _download(name, url, sha256, partial):
-  """Downloads a file to a folder, and puts it beside that when it is right."""
+  """Downloads a file to a folder, and moves it up from there if it is right."""
   archive = os.path.join(os.path.dirname(partial), name)
   advice = ('Name a mirror with --data_url, put the archive in place as '
             f'{archive}, or take --dataset=synthetic, which needs none.')
@@ -351,11 +350,7 @@ def _download(name, url, sha256, partial):
         ) from error
   finally:
     socket.setdefaulttimeout(timeout)
-  downloaded = os.path.join(partial, name)
-  if os.path.exists(archive):
-    os.remove(downloaded)
-  else:
-    os.replace(downloaded, archive)
+  os.replace(os.path.join(partial, name), archive)
   return archive
 
 
@@ -434,60 +429,53 @@ def own_dataset(folder, data_dir):
 
 def _counted(dataset, folder):
   """Returns a data set with the numbers of records that its files have now."""
+  def count(files):
+    sizes = {name: os.path.getsize(os.path.join(folder, name))
+             for name in files}
+    return {name: size // dataset.record_bytes for name, size in sizes.items()}
+
   check_files(dataset, folder, dataset.files)
-
-  def count(name):
-    size_bytes = os.path.getsize(os.path.join(folder, name))
-    return size_bytes // dataset.record_bytes
-
   return dataclasses.replace(
-      dataset,
-      train_files={name: count(name) for name in dataset.train_files},
-      eval_files={name: count(name) for name in dataset.eval_files})
+      dataset, train_files=count(dataset.train_files),
+      eval_files=count(dataset.eval_files))
 
 
 def _own_pictures(folder, data_dir):
-  classes = _class_folders(os.path.join(folder, 'train'))
-  tested = _class_folders(os.path.join(folder, 'test'))
+  """Returns the `Dataset` of pictures, which are converted if need be."""
+  paths = {(part, name): files_at(os.path.join(folder, part, name))
+           for part in ('train', 'test')
+           for name in _class_folders(os.path.join(folder, part))}
+  # In the same order whatever the language.
+  classes = sorted({name for _, name in paths}, key=os.fsencode)
+  if not 2 <= len(classes) <= 256:  # The label of a record is one byte.
+    raise UserError(f'--dataset={folder} has {len(classes)} classes in '
+                    'train/CLASS/ and test/CLASS/, not 2 to 256.')
+  for name in classes:
+    if not paths.get(('train', name)):
+      raise UserError(f'--dataset={folder} has no files in train/{name}.')
+    if not paths.get(('test', name)):
+      say(f'{folder} has no files in test/{name}: that class is not evaluated.')
   listing = [
       (part, label, path, *_size_and_time(path))
-      for part, names in (('train', classes), ('test', tested))
-      for label, name in enumerate(classes) if name in names
-      for path in files_at(os.path.join(folder, part, name))]
-  if len(classes) < 2 or {row[0] for row in listing} != {'train', 'test'}:
-    raise UserError(f'--dataset={folder} needs pictures in train/CLASS/ and '
-                    'test/CLASS/, of two classes or more.')
-  if len(classes) > 256:
-    raise UserError(f'--dataset={folder} has {len(classes)} classes, but the '
-                    'label of a record is one byte: at most 256.')
-  for name in set(tested) - set(classes):
-    raise UserError(f'--dataset={folder} has test/{name}, but no train/{name}.')
-  for label, name in enumerate(classes):
-    if not any(row[:2] == ('train', label) for row in listing):
-      raise UserError(f'--dataset={folder} has no files in train/{name}.')
-    if name not in tested:
-      say(f'{folder} has no test/{name}: that class is not evaluated.')
+      for part in ('train', 'test') for label, name in enumerate(classes)
+      for path in paths.get((part, name), [])]
   # Another listing is another data set, and its records have another folder.
   digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
   title = os.path.basename(folder)
   dataset = Dataset(
       name=folder, title=title, folder=f'{title}-{digest}',
       train_files={'train.bin': None}, eval_files={'test.bin': None},
-      classes=tuple(map(_in_utf8, classes)),
+      # The names may be any bytes.
+      classes=tuple(os.fsencode(name).decode('utf-8', 'backslashreplace')
+                    for name in classes),
       make=functools.partial(_convert_pictures, listing))
   return _counted(dataset, maybe_download_and_extract(dataset, data_dir))
 
 
-def _in_utf8(name):
-  """Returns the name of a file, which may be any bytes, as one can write it."""
-  return os.fsencode(name).decode('utf-8', 'backslashreplace')
-
-
 def _class_folders(folder):
   names = os.listdir(folder) if os.path.isdir(folder) else []
-  return sorted((name for name in names if not name.startswith('.')
-                 and os.path.isdir(os.path.join(folder, name))),
-                key=os.fsencode)  # The same order whatever the language.
+  return [name for name in names if not name.startswith('.')
+          and os.path.isdir(os.path.join(folder, name))]
 
 
 def files_at(path):
@@ -500,13 +488,13 @@ def files_at(path):
 
   if not os.path.isdir(path):
     return [path]
-  start = pathlib.Path(path).resolve()
-  paths, seen = [], {str(start), *map(str, start.parents)}
+  paths, seen = [], set(map(str, pathlib.Path(path).resolve().parents))
   for root, folders, names in os.walk(path, onerror=refuse, followlinks=True):
-    folders[:] = [
-        name for name in sorted(folders) if not name.startswith('.')
-        and os.path.realpath(os.path.join(root, name)) not in seen]
-    seen.update(os.path.realpath(os.path.join(root, name)) for name in folders)
+    if os.path.realpath(root) in seen:
+      folders.clear()
+      continue
+    seen.add(os.path.realpath(root))
+    folders[:] = sorted(name for name in folders if not name.startswith('.'))
     paths += [os.path.join(root, name) for name in sorted(names)
               if not name.startswith('.')]
   return paths
@@ -520,20 +508,65 @@ def _size_and_time(path):
 def _convert_pictures(listing, dataset, downloads, folder):
   """Writes the records of picture files."""
   say(f'Converting {len(listing)} pictures of {dataset.name}')
-  for part in ('train', 'test'):
+  for part in ('test', 'train'):
     rows = [row for row in listing if row[0] == part]
     count = 0
     with open(os.path.join(folder, part + '.bin'), 'wb') as f:
       for _, label, path, *_ in rows:
         try:
-          f.write(bytes([label]) + read_picture(path).tobytes())
-          count += 1
+          picture = read_picture(path)
         except Exception as error:  # Pillow has one for each kind of damage.
           say(f'Skipped {path}: {what_went_wrong(error)}')
-    say(f'{count} of {len(rows)} files to {part} with are pictures.')
+          continue
+        f.write(bytes([label]) + picture.tobytes())
+        count += 1
     if not count:
       raise UserError(f'--dataset={dataset.name} has no picture that can be '
                       f'read in {part}/.')
+    say(f'{count} of {len(rows)} files to {part} with are pictures.')
+
+
+def _write_synthetic(dataset, downloads, folder):
+  """Writes pictures of `dataset.classes`, the same ones on every machine."""
+  say(f'Generating the {dataset.name} data set.')
+  random = np.random.default_rng(seed=1)
+  for name, num_examples in dataset.files.items():
+    labels = random.integers(len(dataset.classes), size=num_examples)
+    _write_records(
+        os.path.join(folder, name), labels, _draw_shapes(random, labels))
+
+
+def _draw_shapes(random, labels):
+  """Returns a picture for each label, [n, depth, height, width], 0 to 255.
+
+  The shape has any place, size and colours, and there is much noise.
+  """
+  def uniform(low, high, *shape):
+    return random.uniform(low, high, (len(labels),) + shape)
+
+  # x and y run from -1 to 1 over the shape, which must survive a random crop.
+  radius = uniform(6, 11, 1, 1)
+  y, x = np.ogrid[-HEIGHT / 2:HEIGHT / 2, -WIDTH / 2:WIDTH / 2]
+  x, y = ((t - uniform(-4, 4, 1, 1)) / radius for t in (x, y))
+  labels = labels[:, np.newaxis, np.newaxis]
+  nearer, farther = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
+  distance = np.choose(labels % 5, [  # Less than 0.85 inside the solid shape.
+      np.hypot(x, y), farther, (nearer + farther) / 1.3,
+      np.maximum(y + 0.1, 1.7 * abs(x) - 0.9 * y),
+      np.maximum(2.8 * nearer, farther)])
+  inside = np.where(labels < 5, 0.85 - distance, 0.2 - abs(0.7 - distance))
+  shape = np.clip(inside * radius + 0.5, 0, 1)[:, np.newaxis]
+
+  colour = random.standard_normal((len(labels), 3, 1, 1))
+  colour *= uniform(40, 140, 1, 1, 1) / np.linalg.norm(colour, axis=1)[:, None]
+  light = uniform(-2, 2, 1, 1, 1) * np.arange(-WIDTH / 2, WIDTH / 2)
+  noise = uniform(10, 40, 1, 1, 1) * random.standard_normal(
+      (len(labels), DEPTH, HEIGHT, WIDTH))
+  background = uniform(0, 255, 3, 1, 1)
+  return np.clip(background + shape * colour + light + noise, 0, 255)
+
+
+# Pictures of any size, from files, and for a model that is served.
 
 
 def read_picture(path):
@@ -588,46 +621,6 @@ def _resampling(size, new_size, scale):
   distances = tf.abs(centres[:, tf.newaxis] - old)
   shares = tf.nn.relu(1 - distances * tf.minimum(scale, 1))
   return shares / tf.reduce_sum(shares, axis=1, keepdims=True)
-
-
-def _write_synthetic(dataset, downloads, folder):
-  """Writes pictures of `dataset.classes`, the same ones on every machine."""
-  say(f'Generating the {dataset.name} data set.')
-  random = np.random.default_rng(seed=1)
-  for name, num_examples in dataset.files.items():
-    labels = random.integers(len(dataset.classes), size=num_examples)
-    _write_records(
-        os.path.join(folder, name), labels, _draw_shapes(random, labels))
-
-
-def _draw_shapes(random, labels):
-  """Returns a picture for each label, [n, depth, height, width], 0 to 255.
-
-  The shape has any place, size and colours, and there is much noise.
-  """
-  def uniform(low, high, *shape):
-    return random.uniform(low, high, (len(labels),) + shape)
-
-  # x and y run from -1 to 1 over the shape, which must survive a random crop.
-  radius = uniform(6, 11, 1, 1)
-  y, x = np.ogrid[-HEIGHT / 2:HEIGHT / 2, -WIDTH / 2:WIDTH / 2]
-  x, y = ((t - uniform(-4, 4, 1, 1)) / radius for t in (x, y))
-  labels = labels[:, np.newaxis, np.newaxis]
-  nearer, farther = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
-  distance = np.choose(labels % 5, [  # Less than 0.85 inside the solid shape.
-      np.hypot(x, y), farther, (nearer + farther) / 1.3,
-      np.maximum(y + 0.1, 1.7 * abs(x) - 0.9 * y),
-      np.maximum(2.8 * nearer, farther)])
-  inside = np.where(labels < 5, 0.85 - distance, 0.2 - abs(0.7 - distance))
-  shape = np.clip(inside * radius + 0.5, 0, 1)[:, np.newaxis]
-
-  colour = random.standard_normal((len(labels), 3, 1, 1))
-  colour *= uniform(40, 140, 1, 1, 1) / np.linalg.norm(colour, axis=1)[:, None]
-  light = uniform(-2, 2, 1, 1, 1) * np.arange(-WIDTH / 2, WIDTH / 2)
-  noise = uniform(10, 40, 1, 1, 1) * random.standard_normal(
-      (len(labels), DEPTH, HEIGHT, WIDTH))
-  background = uniform(0, 255, 3, 1, 1)
-  return np.clip(background + shape * colour + light + noise, 0, 255)
 
 
 # The data sets that --dataset knows by name.
@@ -712,27 +705,17 @@ DATASETS = {dataset.name: dataset
                             SYNTHETIC)}
 
 
-def described_dataset(*constants):
-  """Returns CIFAR-10, or what a script has made of it by setting constants.
+def described_dataset():
+  """Returns CIFAR-10, or what a script has put in its place.
 
-  Those are the numbers of classes, of examples to train on and to evaluate on
-  in another module; for one that is still CIFAR-10's, this module's counts. If
-  any differs, the files of CIFAR-10 may have any number of records.
+  Its files may have any number of records. How many classes they have, and how
+  many examples an epoch, this module's constants tell.
   """
-  published = 10, 50000, 10000
-  ours = (NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN,
-          NUM_EXAMPLES_PER_EPOCH_FOR_EVAL)
-  chosen = tuple(
-      their if their != default else our
-      for their, default, our in zip(constants or published, published, ours))
-  if chosen == published:
-    return CIFAR10
-  num_classes, num_train_examples, _ = chosen
   return dataclasses.replace(
       CIFAR10, train_files=dict.fromkeys(CIFAR10.train_files),
       eval_files=dict.fromkeys(CIFAR10.eval_files),
-      classes=tuple(map(str, range(num_classes))),
-      examples_per_epoch=num_train_examples)
+      classes=tuple(map(str, range(NUM_CLASSES))),
+      examples_per_epoch=NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN, make=None)
 
 
 # Reading it.
@@ -750,11 +733,9 @@ def check_files(dataset, folder, files):
       flaw = _find_flaw(path, dataset)
     except OSError as error:
       raise UserError(f'{path} cannot be read: {error.strerror}.') from error
-    if flaw and (not dataset.make or None in dataset.files.values()):
-      raise UserError(f'{path} {flaw}.')  # A reader's own data.
-    if flaw:
-      raise UserError(
-          f'{path} {flaw}: delete it and start again to get it anew.')
+    if flaw:  # To delete a reader's own data is no advice.
+      advice = ': delete it and start again to get it anew'
+      raise UserError(f'{path} {flaw}{advice if dataset.make else ""}.')
   return paths
 
 
@@ -938,13 +919,14 @@ def crop_views(planes, views=CENTRAL_VIEW, image_size=None):
 
 def distorted_inputs(
     data_dir, batch_size, dataset=None, image_size=None,
-    min_fraction_of_examples_in_queue=None, deterministic=False):
+    min_fraction_of_examples_in_queue=MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
+    deterministic=False):
   """Builds the input of training: batches drawn at random, without end.
 
   Args:
     data_dir: folder with the data set's files.
     batch_size: images a batch.
-    dataset: the `Dataset`; by default what this module's constants describe.
+    dataset: the `Dataset`; by default see `described_dataset`.
     image_size: pixels of each side to leave; by default IMAGE_SIZE.
     min_fraction_of_examples_in_queue: how much of an epoch stays in the shuffle
       queue.
@@ -960,10 +942,8 @@ def distorted_inputs(
   """
   dataset = dataset or described_dataset()
   paths = check_files(dataset, data_dir, dataset.train_files)
-  min_fraction = min_fraction_of_examples_in_queue
-  if min_fraction is None:
-    min_fraction = MIN_FRACTION_OF_EXAMPLES_IN_QUEUE
-  min_queue_examples = int(dataset.num_train_examples * min_fraction)
+  min_queue_examples = int(
+      dataset.num_train_examples * min_fraction_of_examples_in_queue)
   capacity = min_queue_examples + (1 if deterministic else 3 * batch_size)
   # The operations inside of a thread use all processors, too.
   num_threads = 1 if deterministic else max(1, os.cpu_count() // 4)

@@ -75,7 +75,8 @@ def prepare_dataset():
   if FLAGS.dataset not in cifar10_input.DATASETS:
     return cifar10_input.own_dataset(FLAGS.dataset, FLAGS.data_dir)
   dataset = cifar10_input.DATASETS[FLAGS.dataset]
-  cifar10.maybe_download_and_extract(dataset, FLAGS.data_url)
+  cifar10_input.maybe_download_and_extract(
+      dataset, FLAGS.data_dir, FLAGS.data_url)
   return dataset
 
 
@@ -172,18 +173,17 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
   global_step = tf.train.get_or_create_global_step()
   train_op, loss = build(
       dataset, training_recipe(dataset, examples_per_step), global_step)
-  if checkpoint:
-    check_checkpoint(checkpoint, _restored_variables())
+  steps_done = task.steps_done(train_op, global_step)
+  scaffold = _scaffold(checkpoint)  # Refuses one that does not fit.
   if task.is_chief:
     _tidy_train_dir()
     write_run(dataset)
     _show_run(step_of(checkpoint) if checkpoint else 0)
-  logger = LoggerHook(
-      loss, task.steps_done(train_op, global_step), examples_per_step)
+  logger = LoggerHook(loss, steps_done, examples_per_step)
   signals, start_time = [], time.monotonic()  # The signals that came.
   try:
     with contextlib.ExitStack() as until_saved:
-      with _session(checkpoint, task, logger) as session:
+      with _session(scaffold, task, logger) as session:
         # Before, a signal ends the process.
         until_saved.enter_context(handling_signals(signals.append))
         while not session.should_stop() and not signals:
@@ -206,57 +206,50 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
   return 0
 
 
-def _session(checkpoint, task, logger):
-  """Starts a session, which first restores a checkpoint if there is one."""
+def _scaffold(checkpoint):
+  """Returns what saves checkpoints, and starts from one if there is one."""
   saver = tf.train.Saver(
       max_to_keep=FLAGS.max_to_keep,
       save_relative_paths=True)  # So that --train_dir may be moved.
-  scaffold = (_restoring_scaffold(checkpoint, saver) if checkpoint
-              else tf.train.Scaffold(saver=saver))
-  task.config.allow_soft_placement = True
-  task.config.log_device_placement = FLAGS.log_device_placement
-  hooks = [tf.train.StopAtStepHook(last_step=FLAGS.max_steps), logger]
-  if task.is_chief:
-    creator = tf.train.ChiefSessionCreator(
-        scaffold, task.target, task.config)
-    hooks += [
-        tf.train.StepCounterHook(
-            FLAGS.save_summary_steps, output_dir=FLAGS.train_dir),
-        tf.train.SummarySaverHook(
-            FLAGS.save_summary_steps, output_dir=FLAGS.train_dir,
-            scaffold=scaffold),
-        tf.train.CheckpointSaverHook(
-            FLAGS.train_dir, FLAGS.save_checkpoint_secs, scaffold=scaffold)]
-    if checkpoint:  # The saver is to remove older ones, as it adds new ones.
-      older = list(checkpoints(FLAGS.train_dir).values())
-      saver.recover_last_checkpoints(older[:older.index(checkpoint) + 1])
-  else:
-    creator = tf.train.WorkerSessionCreator(scaffold, task.target, task.config)
-  with tf.name_scope('session'):  # One box in TensorBoard's graph.
-    return tf.train.MonitoredSession(creator, [*task.hooks, *hooks])
-
-
-def _restored_variables():
-  """Returns the variables to take from a checkpoint, by their names there.
-
-  The step is not among them: the original's multi-GPU script counts in float32.
-  """
-  return {v.op.name: v for v in tf.global_variables()
-          if v is not tf.train.get_global_step()}
-
-
-def _restoring_scaffold(checkpoint, saver):
-  """Returns a `tf.train.Scaffold` that starts from a checkpoint."""
+  if not checkpoint:
+    return tf.train.Scaffold(saver=saver)
+  step = step_of(checkpoint)
+  saver.recover_last_checkpoints([  # It removes them, as it adds new ones.
+      path for older, path in checkpoints(FLAGS.train_dir).items()
+      if older <= step])
+  # All but the step, which the original's multi-GPU script counts in float32.
   global_step = tf.train.get_global_step()
+  variables = {
+      v.op.name: v for v in tf.global_variables() if v is not global_step}
+  check_checkpoint(checkpoint, variables)
   with tf.name_scope('session/'):
-    restorer = tf.train.Saver(_restored_variables(), name='restore')
+    restorer = tf.train.Saver(variables, name='restore')
 
   def restore(scaffold, session):
     restorer.restore(session, checkpoint)
     # The last one: other tasks of a cluster wait until all are initialized.
-    global_step.load(step_of(checkpoint), session)
+    global_step.load(step, session)
 
   return tf.train.Scaffold(init_op=tf.no_op(), init_fn=restore, saver=saver)
+
+
+def _session(scaffold, task, logger):
+  """Starts a session that also logs, summarizes and saves."""
+  task.config.allow_soft_placement = True
+  task.config.log_device_placement = FLAGS.log_device_placement
+  hooks = [tf.train.StopAtStepHook(last_step=FLAGS.max_steps), logger]
+  if task.is_chief:  # After the logger, which may refuse the step.
+    hooks.append(tf.train.CheckpointSaverHook(
+        FLAGS.train_dir, FLAGS.save_checkpoint_secs, scaffold=scaffold))
+  else:
+    hooks = [*task.hooks, *hooks]
+  with tf.name_scope('session'):  # One box in TensorBoard's graph.
+    return tf.train.MonitoredTrainingSession(
+        task.target, task.is_chief, scaffold=scaffold, config=task.config,
+        # A task's own come before all others: they complete the step.
+        chief_only_hooks=task.hooks, hooks=hooks, summary_dir=FLAGS.train_dir,
+        save_summaries_steps=FLAGS.save_summary_steps,
+        log_step_count_steps=FLAGS.save_summary_steps)
 
 
 def _explain(error, dataset, task):
@@ -375,7 +368,7 @@ def _show_run(step):
 
 
 def read_run(folder):
-  """Returns what is known of the run in a folder: its flags, and `classes`.
+  """Returns what is known of the run in a folder: flags, `started`, `classes`.
 
   Without run.json, as in folders of the original, that is {}.
   """
@@ -385,15 +378,14 @@ def read_run(folder):
       raise ValueError('it is no regular file')  # A pipe would never end.
     with tf.io.gfile.GFile(path) as f:
       run = json.load(f)
-    values = dict(run['flags'])
-    values['started'] = run.get('started')
+    known = {**run['flags'], 'started': run.get('started')}
     if 'classes' in run:
       if not isinstance(run['classes'], list):
         raise ValueError('classes is not a list')
-      values['classes'] = tuple(map(str, run['classes']))
-    if not isinstance(values.get('max_steps', 0), int):
+      known['classes'] = tuple(map(str, run['classes']))
+    if not isinstance(known.get('max_steps', 0), int):
       raise ValueError('max_steps is not a whole number')
-    return values
+    return known
   except tf.errors.NotFoundError:
     return {}
   except (tf.errors.OpError, ValueError, KeyError, TypeError,
@@ -432,7 +424,8 @@ def check_classes(folder, dataset):
 
 
 def adopt_run(folder, names):
-  """Makes flags of a run, and its precision, defaults. Returns `read_run`."""
+  """Takes defaults of flags, and the precision, from a run. Returns `read_run`.
+  """
   run = read_run(folder)
   if not FLAGS['use_fp16'].present and not FLAGS['use_bfloat16'].present:
     names += ('use_fp16', 'use_bfloat16')
@@ -607,10 +600,6 @@ class FolderParser(flags.ArgumentParser):
     if re.search(r'[][*?]', argument) or os.sep == '/' and '\\' in argument:
       raise ValueError(r'must do without * ? [ ] \, which mean something else '
                        'to TensorFlow')
-    if scheme == 'file':
-      path = path.removeprefix('localhost')
-      if not path.startswith('/'):
-        raise ValueError('file:// needs an absolute path')
     if not argument or scheme and not path.strip('/'):
       raise ValueError('names no folder')
     if scheme not in ('', 'file'):
@@ -639,21 +628,23 @@ def count_parser(lower_bound=1, upper_bound=2 ** 31 - 1):
 
 class _DatasetParser(flags.ArgumentParser):
   """Takes the name of a known data set, or the path of a folder."""
-  syntactic_help = '%s, or a folder with pictures' % ', '.join(
-      sorted(cifar10_input.DATASETS))
+  syntactic_help = ', '.join(sorted(cifar10_input.DATASETS)) + ', or a folder'
 
   def parse(self, argument):
+    if argument in cifar10_input.DATASETS:
+      return argument
     folder = os.path.abspath(os.path.expanduser(argument))
-    if argument not in cifar10_input.DATASETS and not os.path.isdir(folder):
+    if not os.path.isdir(folder):
       raise ValueError('must be ' + self.syntactic_help)
-    return argument if argument in cifar10_input.DATASETS else folder
+    return folder
 
 
 def define_data_flags():
   """Defines what all scripts know of data and network."""
   flags.DEFINE(
       _DatasetParser(), 'dataset', 'cifar10', 'What to learn from: '
-      f'{_DatasetParser.syntactic_help} in train/CLASS/ and test/CLASS/.')
+      f'{_DatasetParser.syntactic_help} with pictures in train/CLASS/ and '
+      'test/CLASS/, or with records in *.bin and test*.bin.')
   flags.DEFINE_string(
       'data_url', None, 'Another address (http, https or file) of the archive '
       "of the data set, or of the folder with svhn's files.")
@@ -667,9 +658,6 @@ def define_data_flags():
       'use_bfloat16', False, 'Compute activations in bfloat16, on GPUs and on '
       'CPUs with AVX512-BF16 or AMX; variables and losses stay in float32.')
   flags.mark_bool_flags_as_mutual_exclusive(['use_fp16', 'use_bfloat16'])
-  flags.register_validator(
-      'data_url', lambda url: not url or re.match('(https?|file)://', url),
-      'must start with http://, https:// or file://')
 
 
 def define_flags():

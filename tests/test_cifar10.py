@@ -165,18 +165,18 @@ def test_16_bits_are_for_activations_and_not_for_variables(dtype, tolerance):
 
 
 def test_locally_connected_layer_is_a_convolution_with_weights_of_its_own():
-  images = _batch(2)[0][:, :4, :5]
-  computed = cifar10._locally_connected(
-      'local', tf.constant(images), 7, cifar10.Recipe())
+  images, _ = _batch(2)
+  cifar10.inference(tf.constant(images), cifar10.Recipe(model='local'))
   with _session() as session:
-    computed, weights, biases = session.run(
-        [computed] + tf.trainable_variables())
-  padded = np.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]])
-  weights = weights.reshape(4, 5, 27, 7)
-  for y, x in np.ndindex(4, 5):
-    patches = padded[:, y:y + 3, x:x + 3].reshape(2, 27)
-    expected = np.maximum(0, patches @ weights[y, x] + biases[y, x])
-    np.testing.assert_allclose(computed[:, y, x], expected, atol=1e-5)
+    values = _values(session)
+    layers = session.run(['pool2:0', 'local3/local3:0', 'local4/local4:0'])
+  for name, before, after in zip(('local3', 'local4'), layers, layers[1:]):
+    padded = np.pad(before, [[0, 0], [1, 1], [1, 1], [0, 0]])
+    for i, (y, x) in enumerate(np.ndindex(6, 6)):
+      patches = padded[:, y:y + 3, x:x + 3].reshape(2, -1)
+      expected = np.maximum(0, patches @ values[name + '/weights'][i]
+                            + values[name + '/biases'][y, x])
+      np.testing.assert_allclose(after[:, y, x], expected, atol=1e-5)
 
 
 def test_local_model_shares_all_but_its_top_with_the_default():

@@ -510,7 +510,7 @@ def test_classes_of_any_name_are_told_on_an_ascii_console(
 
 
 @pytest.mark.parametrize('spoil, complaint', [
-    (lambda d: (d / 'test' / 'third').mkdir(), 'has test/third, but no'),
+    (lambda d: (d / 'test' / 'third').mkdir(), 'no files in train/third'),
     (lambda d: (d / 'train' / 'third').mkdir(), 'no files in train/third'),
     (lambda d: [(d / 'train' / ('c%d' % i)).mkdir() for i in range(255)],
      '257 classes')])
@@ -562,6 +562,13 @@ def test_own_records_are_trained_on_and_evaluated_where_they_lie(
   assert '/9 correct at step 2\n' in run.stdout
   assert '\n  one ' in run.stdout and '\n  three ' in run.stdout
   assert contents(records_dir) == before and not (tmp_path / 'data').exists()
+
+
+def test_own_records_are_not_mistaken_for_others_of_their_names(
+    records_dir, tmp_path):
+  others = shutil.copytree(records_dir, tmp_path / 'data')
+  dataset = cifar10_input.own_dataset(str(records_dir), str(others))
+  assert cifar10_input.data_folder(dataset, str(others)) == str(records_dir)
 
 
 @pytest.mark.parametrize('name, content, complaint', [
