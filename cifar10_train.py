@@ -602,6 +602,8 @@ class FolderParser(flags.ArgumentParser):
                        'to TensorFlow')
     if not argument or scheme and not path.strip('/'):
       raise ValueError('names no folder')
+    if scheme == 'file' and not path.startswith('/'):
+      raise ValueError('file:// needs an absolute path')
     if scheme not in ('', 'file'):
       return argument
     return os.path.abspath(os.path.expanduser(path))
