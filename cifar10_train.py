@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -201,8 +202,8 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
   if task.is_chief:
     secs = round(time.monotonic() - start_time)
     say(f'Trained up to step {logger.step} in {timedelta(seconds=secs)}. To '
-        'evaluate it: python cifar10_eval.py --run_once --checkpoint_dir='
-        f'{FLAGS.train_dir}')
+        'evaluate it: python cifar10_eval.py --run_once '
+        + shlex.quote(f'--checkpoint_dir={FLAGS.train_dir}'))
   return 0
 
 
