@@ -211,9 +211,9 @@ def build_ours(tf, suite, dtype, batch, data_dir, batch_size, towers):
 # The process that compares.
 
 
-def run_worker(**variant):
+def run_worker(script=__file__, **variant):
   process = subprocess.run(
-      [sys.executable, os.path.abspath(__file__), '--worker',
+      [sys.executable, os.path.abspath(script), '--worker',
        json.dumps(variant)], check=True, stdout=subprocess.PIPE)
   return json.loads(process.stdout.decode().splitlines()[-1])
 
