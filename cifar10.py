@@ -67,6 +67,7 @@ class Recipe:
       lambda: steps_per_decay(
           NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN, FLAGS.batch_size))
   momentum: float = 0.0  # Nesterov's; plain gradient descent has none.
+  optimizer: str = 'descent'  # Or 'muon', see `MuonOptimizer`.
   weight_decay: float = _constant(lambda: WEIGHT_DECAY)
   moving_average_decay: float = _constant(lambda: MOVING_AVERAGE_DECAY)
 
@@ -387,9 +388,47 @@ def learning_rate(global_step, recipe):
 
 def make_optimizer(rate, recipe):
   """Returns gradient descent at a learning rate, perhaps with momentum."""
+  if recipe.optimizer == 'muon':
+    return MuonOptimizer(rate, recipe.momentum, use_nesterov=True)
   if recipe.momentum:
     return tf.train.MomentumOptimizer(rate, recipe.momentum, use_nesterov=True)
   return tf.train.GradientDescentOptimizer(rate)
+
+
+class MuonOptimizer(tf.train.MomentumOptimizer):
+  """Momentum that does not let a few directions of a layer outrun the others.
+
+  What a layer sees is positive, on the whole: so all gradients point along its
+  mean. That part is taken away (Yong et al. 2020, Gradient Centralization).
+  Kernels then go equally far in all directions (Jordan et al. 2024, Muon).
+  """
+
+  def _resource_apply_dense(self, grad, var):
+    if var.shape.rank > 1:
+      inputs = list(range(var.shape.rank - 1))
+      grad -= tf.reduce_mean(grad, inputs, keepdims=True)
+    if var.shape.rank != 4:
+      return super()._resource_apply_dense(grad, var)
+    slot, momentum = self.get_slot(var, 'momentum'), self._momentum_tensor
+    update = grad + momentum * slot.assign(momentum * slot + grad)
+    return var.assign_sub(
+        self._learning_rate_tensor * orthogonalized(update), read_value=False)
+
+
+def orthogonalized(update):
+  """Makes the singular values of a kernel's update about equal.
+
+  Muon's polynomial of odd powers pulls those of a matrix to 0.7 to 1.2. The
+  result is scaled to a size like the initial kernels', a mean square of 0.05^2.
+  """
+  matrix = tf.reshape(update, [-1, update.shape[-1]])
+  size = matrix.shape.as_list()[0] ** 0.5
+  matrix /= tf.norm(matrix) + 1e-7
+  for _ in range(5):
+    gram = tf.matmul(matrix, matrix, transpose_a=True)
+    matrix = 3.4445 * matrix + tf.matmul(
+        matrix, 2.0315 * tf.matmul(gram, gram) - 4.775 * gram)
+  return tf.reshape(0.05 * size * matrix, update.shape)
 
 
 def apply_gradients(optimizer, gradients, global_step, recipe):

@@ -270,6 +270,34 @@ def test_momentum_is_that_of_nesterov():
         1 - 0.1 * (2 + 0.9 * 2) - 0.1 * (2 + 0.9 * 3.8))
 
 
+def test_muon_centres_gradients_and_moves_kernels_equally_far_all_ways():
+  normal = np.random.default_rng(0).normal
+  gradients = {'kernel': normal(1, 1, [5, 5, 2, 8]),
+               'matrix': normal(1, 1, [6, 4]), 'biases': normal(1, 1, [4])}
+  variables = {name: tf.get_variable(name, initializer=tf.zeros(value.shape))
+               for name, value in gradients.items()}
+  loss = tf.add_n([tf.reduce_sum(variables[name] * value.astype(np.float32))
+                   for name, value in gradients.items()])
+  step = cifar10.train(
+      loss, tf.train.get_or_create_global_step(),
+      cifar10.Recipe(optimizer='muon', learning_rate=0.1, momentum=0.9))
+  with _session(noise=0) as session:
+    session.run(step)
+    moved = {name: value / -0.1
+             for name, value in session.run(variables).items()}
+  np.testing.assert_allclose(
+      moved['biases'], 1.9 * gradients['biases'], rtol=1e-5)
+  matrix = gradients['matrix']
+  np.testing.assert_allclose(
+      moved['matrix'], 1.9 * (matrix - matrix.mean(axis=0)), atol=1e-5)
+  matrix = gradients['kernel'].reshape(50, 8)
+  left, _, right = np.linalg.svd(matrix - matrix.mean(axis=0), False)
+  spread = left.T @ moved['kernel'].reshape(50, 8) @ right.T
+  values = spread.diagonal() / (0.05 * 50 ** 0.5)
+  assert 0.6 < values.min() and values.max() < 1.3
+  np.testing.assert_allclose(spread, np.diag(spread.diagonal()), atol=1e-4)
+
+
 def _one_step(build, values):
   """Returns what one step makes of variables that start with given values."""
   with tf.Graph().as_default(), tf.Session() as session:
