@@ -68,7 +68,6 @@ class Recipe:
           NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN, FLAGS.batch_size))
   momentum: float = 0.0  # Nesterov's; plain gradient descent has none.
   optimizer: str = 'descent'  # Or 'muon', see `MuonOptimizer`.
-  dropout: float = 0.0  # Share of what local3 and local4 do not get to see.
   weight_decay: float = _constant(lambda: WEIGHT_DECAY)
   moving_average_decay: float = _constant(lambda: MOVING_AVERAGE_DECAY)
 
@@ -217,7 +216,6 @@ def _max_pool(images, name=None):
 
 def _fully_connected(name, values, units, recipe):
   """A layer in which every unit sees all values, with ReLU."""
-  values = tf.nn.dropout(values, rate=recipe.dropout)
   with tf.variable_scope(name):
     return tf.nn.relu(
         _affine(values, units, recipe.dtype, 0.04, 0.1, recipe.weight_decay),

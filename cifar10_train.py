@@ -96,7 +96,6 @@ def training_recipe(dataset, examples_per_step):
       cifar10.steps_per_decay(dataset.num_train_examples, examples_per_step),
       momentum=FLAGS.momentum,
       optimizer=FLAGS.optimizer,
-      dropout=FLAGS.dropout,
       weight_decay=FLAGS.weight_decay,
       moving_average_decay=FLAGS.moving_average_decay)
 
@@ -608,8 +607,6 @@ def _define_recipe_flags():
   _define_float('momentum', 0.0, "Nesterov's, of the gradients.", 1.0)
   flags.DEFINE_enum('optimizer', 'descent', ['descent', 'muon'], 'What turns '
                     'gradients into updates: Muon makes them even.')
-  _define_float('dropout', 0.0, 'Share of the values that local3 and local4 '
-                'do not get to see, anew for each image.', 0.99)
   _define_float('weight_decay', cifar10.WEIGHT_DECAY,
                 'Factor of the L2 losses of local3 and local4.')
   _define_float('moving_average_decay', cifar10.MOVING_AVERAGE_DECAY,

@@ -188,20 +188,6 @@ def test_local_model_shares_all_but_its_top_with_the_default():
       'softmax_linear/weights': [1152, 10]}
 
 
-def test_dropout_hides_a_share_of_what_both_layers_see_and_keeps_the_mean():
-  cifar10.inference(tf.constant(_batch(64)[0]), cifar10.Recipe(dropout=0.25))
-  graph = tf.get_default_graph()
-  layers = [[graph.get_tensor_by_name(below + ':0'),
-             graph.get_operation_by_name(layer + '/MatMul').inputs[0]]
-            for below, layer in (('pool2', 'local3'),
-                                 ('local3/local3', 'local4'))]
-  with _session() as session:
-    for before, after in session.run(layers):
-      before, kept = before.reshape(after.shape), after != 0
-      assert kept[before != 0].mean() == pytest.approx(0.75, abs=0.02)
-      np.testing.assert_allclose(after[kept], before[kept] / 0.75, rtol=1e-5)
-
-
 @pytest.mark.parametrize('decay', [0.0, 0.1])
 def test_loss_is_mean_cross_entropy_plus_weight_decays(decay):
   images, labels = _batch(16)
