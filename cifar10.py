@@ -67,7 +67,7 @@ class Recipe:
       lambda: steps_per_decay(
           NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN, FLAGS.batch_size))
   momentum: float = 0.0  # Nesterov's; plain gradient descent has none.
-  optimizer: str = 'descent'  # Or 'muon', see `MuonOptimizer`.
+  optimizer: str = 'descent'  # Or 'muon': see `MuonOptimizer`.
   weight_decay: float = _constant(lambda: WEIGHT_DECAY)
   moving_average_decay: float = _constant(lambda: MOVING_AVERAGE_DECAY)
 
@@ -168,7 +168,7 @@ def inference(images, recipe=None):
   # Edges and colours. 64 filters look at 5x5 pixels each.
   with tf.variable_scope('conv1'):
     kernel, biases = _weights_and_biases(
-        [5, 5, 3, 64], recipe.dtype, stddev=0.05, bias=0.0)
+        [5, 5, 3, 64], recipe, stddev=0.05, bias=0.0)
     conv = tf.nn.conv2d(images, kernel, strides=1, padding='SAME')
     # The tutorial pools after bias and ReLU. Neither changes which value of a
     # window is the largest; pooled first, they have a quarter as many to do.
@@ -181,7 +181,7 @@ def inference(images, recipe=None):
   # Combinations of what conv1 found, in a wider part of the picture.
   with tf.variable_scope('conv2'):
     kernel, biases = _weights_and_biases(
-        [5, 5, 64, 64], recipe.dtype, stddev=0.05, bias=0.1)
+        [5, 5, 64, 64], recipe, stddev=0.05, bias=0.1)
     conv = tf.nn.conv2d(norm1, kernel, strides=1, padding='SAME')
     conv2 = tf.nn.relu(tf.nn.bias_add(conv, biases), name='conv2')
   norm2 = local_response_normalization(conv2, name='norm2')
@@ -201,7 +201,7 @@ def inference(images, recipe=None):
   # No softmax here: the loss wants logits, from which it computes a softmax and
   # its logarithm in one numerically safe operation.
   with tf.variable_scope('softmax_linear'):
-    logits = _affine(local4, recipe.num_classes, recipe.dtype, stddev, bias=0.0,
+    logits = _affine(local4, recipe.num_classes, recipe, stddev, bias=0.0,
                      name='softmax_linear')
 
   _activation_summaries(conv1=pool1, conv2=conv2, local3=local3, local4=local4,
@@ -218,15 +218,15 @@ def _fully_connected(name, values, units, recipe):
   """A layer in which every unit sees all values, with ReLU."""
   with tf.variable_scope(name):
     return tf.nn.relu(
-        _affine(values, units, recipe.dtype, 0.04, 0.1, recipe.weight_decay),
+        _affine(values, units, recipe, 0.04, 0.1, recipe.weight_decay),
         name=name)
 
 
-def _affine(values, units, dtype, stddev, bias, decay=None, name=None):
+def _affine(values, units, recipe, stddev, bias, decay=None, name=None):
   """Matrix product plus biases, [batch, units]."""
   size = values.shape[1:].num_elements()
   weights, biases = _weights_and_biases(
-      [size, units], dtype, stddev, bias, decay)
+      [size, units], recipe, stddev, bias, decay)
   product = tf.matmul(tf.reshape(values, [-1, size]), weights)
   return tf.nn.bias_add(product, biases, name=name)
 
@@ -239,7 +239,7 @@ def _locally_connected(name, images, channels, recipe):
   with tf.variable_scope(name):
     _, height, width, depth = images.shape.as_list()
     weights, biases = _weights_and_biases(
-        [height * width, 9 * depth, channels], recipe.dtype, 0.04, bias=0.1,
+        [height * width, 9 * depth, channels], recipe, 0.04, bias=0.1,
         decay=recipe.weight_decay, bias_shape=[height, width, channels])
     # With the places in front, the layer is a matrix product for each of them.
     # A patch is nine whole neighbours: faster than `tf.image.extract_patches`.
@@ -255,23 +255,25 @@ def _locally_connected(name, images, channels, recipe):
     return tf.nn.relu(products + biases, name=name)
 
 
-def _weights_and_biases(shape, dtype, stddev, bias, decay=None,
+def _weights_and_biases(shape, recipe, stddev, bias, decay=None,
                         bias_shape=None):
-  """Makes a layer's variables, and returns them as tensors of a dtype.
+  """Makes a layer's variables, and returns them as tensors of recipe.dtype.
 
   The variables are float32: small updates would be lost in 16 bits. Weights
   start from a truncated normal distribution. With `decay`, decay * L2 loss
   joins the collection `losses`. There is one bias for each output, the last
   dimension of `shape`, unless `bias_shape` is given.
   """
+  draw = tf.truncated_normal_initializer(stddev=stddev)
   weights = _variable_on_cpu(
-      'weights', shape, tf.truncated_normal_initializer(stddev=stddev))
+      'weights', shape, draw if recipe.optimizer != 'muon' else
+      lambda shape, dtype: _centred(draw(shape, dtype)))  # And so they stay.
   biases = _variable_on_cpu(
       'biases', bias_shape or shape[-1:], tf.constant_initializer(bias))
   if decay is not None:
     weight_loss = tf.multiply(tf.nn.l2_loss(weights), decay, name='weight_loss')
     tf.add_to_collection('losses', weight_loss)
-  return tf.cast(weights, dtype), tf.cast(biases, dtype)
+  return tf.cast(weights, recipe.dtype), tf.cast(biases, recipe.dtype)
 
 
 def _variable_on_cpu(name, shape, initializer):
@@ -398,37 +400,31 @@ def make_optimizer(rate, recipe):
 class MuonOptimizer(tf.train.MomentumOptimizer):
   """Momentum that does not let a few directions of a layer outrun the others.
 
-  What a layer sees is positive, on the whole: so all gradients point along its
-  mean. That part is taken away (Yong et al. 2020, Gradient Centralization).
-  Kernels then go equally far in all directions (Jordan et al. 2024, Muon).
+  Values above zero have a mean, which all gradients share: it goes (Yong et al.
+  2020, Gradient Centralization). Updates of kernels get singular values of 0.7
+  to 1.2 (Jordan et al. 2024, Muon), times the rate and the size of new weights.
   """
 
   def _resource_apply_dense(self, grad, var):
     if var.shape.rank > 1:
-      inputs = list(range(var.shape.rank - 1))
-      grad -= tf.reduce_mean(grad, inputs, keepdims=True)
+      grad = _centred(grad)
     if var.shape.rank != 4:
       return super()._resource_apply_dense(grad, var)
     slot, momentum = self.get_slot(var, 'momentum'), self._momentum_tensor
     update = grad + momentum * slot.assign(momentum * slot + grad)
-    return var.assign_sub(
-        self._learning_rate_tensor * orthogonalized(update), read_value=False)
+    matrix = tf.reshape(tf.nn.l2_normalize(update), [-1, var.shape[-1]])
+    for _ in range(5):
+      gram = tf.matmul(matrix, matrix, transpose_a=True)
+      matrix = 3.4445 * matrix + tf.matmul(
+          matrix, 2.0315 * tf.matmul(gram, gram) - 4.775 * gram)
+    size = 0.05 * matrix.shape.as_list()[0] ** 0.5 * self._learning_rate_tensor
+    return var.assign_sub(tf.reshape(size * matrix, var.shape))
 
 
-def orthogonalized(update):
-  """Makes the singular values of a kernel's update about equal.
-
-  Muon's polynomial of odd powers pulls those of a matrix to 0.7 to 1.2. The
-  result is scaled to a size like the initial kernels', a mean square of 0.05^2.
-  """
-  matrix = tf.reshape(update, [-1, update.shape[-1]])
-  size = matrix.shape.as_list()[0] ** 0.5
-  matrix /= tf.norm(matrix) + 1e-7
-  for _ in range(5):
-    gram = tf.matmul(matrix, matrix, transpose_a=True)
-    matrix = 3.4445 * matrix + tf.matmul(
-        matrix, 2.0315 * tf.matmul(gram, gram) - 4.775 * gram)
-  return tf.reshape(0.05 * size * matrix, update.shape)
+def _centred(weights):
+  """Takes from the weights of each output their mean."""
+  inputs = list(range(weights.shape.rank - 1))
+  return weights - tf.reduce_mean(weights, inputs, keepdims=True)
 
 
 def apply_gradients(optimizer, gradients, global_step, recipe):

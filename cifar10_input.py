@@ -523,8 +523,7 @@ CIFAR10 = Dataset(
         'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'},
     make=_extract)
 
-# To choose settings by, so that the test pictures stay unseen until the end.
-CIFAR10_HOLDOUT = dataclasses.replace(
+CIFAR10_HOLDOUT = dataclasses.replace(  # To choose settings by.
     CIFAR10, name='cifar10_holdout', eval_files={'data_batch_5.bin': 10000},
     train_files={'data_batch_%d.bin' % i: 10000 for i in range(1, 5)})
 

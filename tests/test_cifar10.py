@@ -298,6 +298,18 @@ def test_muon_centres_gradients_and_moves_kernels_equally_far_all_ways():
   np.testing.assert_allclose(spread, np.diag(spread.diagonal()), atol=1e-4)
 
 
+def test_weights_that_muon_will_keep_centred_begin_so():
+  cifar10.inference(
+      tf.zeros([1, 24, 24, 3]), cifar10.Recipe(optimizer='muon'))
+  with _session(noise=0) as session:
+    for name, values in _values(session).items():
+      if 'weights' in name:
+        means = values.reshape(-1, values.shape[-1]).mean(axis=0)
+        np.testing.assert_allclose(means, 0, atol=1e-6)
+        deviation, _ = INITIAL[name.split('/')[0]]
+        assert values.std() == pytest.approx(0.88 * deviation, rel=0.04)
+
+
 def _one_step(build, values):
   """Returns what one step makes of variables that start with given values."""
   with tf.Graph().as_default(), tf.Session() as session:
