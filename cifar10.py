@@ -68,6 +68,7 @@ class Recipe:
           NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN, FLAGS.batch_size))
   momentum: float = 0.0  # Nesterov's; plain gradient descent has none.
   optimizer: str = 'descent'  # Or 'muon': see `MuonOptimizer`.
+  label_smoothing: float = 0.0  # Share of each label that all classes get.
   weight_decay: float = _constant(lambda: WEIGHT_DECAY)
   moving_average_decay: float = _constant(lambda: MOVING_AVERAGE_DECAY)
 
@@ -79,19 +80,22 @@ def steps_per_decay(examples_per_epoch, examples_per_step):
 
 
 # The recipes that --recipe knows: the flags whose defaults each changes.
+# Points are of precision on the held-out batch (--dataset=cifar10_holdout).
 _FAST = {
-    'max_steps': 30000,
+    'max_steps': 14000,
     'batch_size': 64,           # Neither better nor worse than 128.
     'image_size': 28,           # 1.5 points better than 24, a third slower.
     'learning_rate': 0.02,
     'learning_rate_schedule': 'linear',
     'momentum': 0.9,            # 3 points better than none, in short runs.
+    'optimizer': 'muon',        # 3.7 points, after 3,000 steps.
+    'label_smoothing': 0.1,     # 0.3 points, after 6,000 steps.
     'weight_decay': 0.008,      # With 0.004, it learns images by heart.
     'moving_average_decay': 0.999}
 RECIPES = {
     'original': {},
     'fast': _FAST,
-    'strong': {**_FAST, 'max_steps': 72000},
+    'strong': {**_FAST, 'max_steps': 70000},
 }
 
 
@@ -335,13 +339,14 @@ def local_response_normalization(
 # Training.
 
 
-def loss(logits, labels, scope=None):
+def loss(logits, labels, scope=None, recipe=None):
   """Adds the mean cross entropy to the collection `losses`, and sums that up.
 
   Args:
     logits: float32 [batch, num_classes], from `inference`.
     labels: int32 [batch], from `inputs` or `distorted_inputs`.
     scope: the name scope whose losses count, as for a tower; None for all.
+    recipe: the `Recipe`.
 
   Returns:
     Scalar float32: mean cross entropy plus weight decays.
@@ -349,6 +354,9 @@ def loss(logits, labels, scope=None):
   cross_entropies = tf.nn.sparse_softmax_cross_entropy_with_logits(
       labels=tf.cast(labels, tf.int64, name='labels'), logits=logits,
       name='cross_entropy_per_example')
+  if recipe and recipe.label_smoothing:  # Szegedy et al. 2016, section 7.
+    to_all = tf.reduce_logsumexp(logits, 1) - tf.reduce_mean(logits, 1)
+    cross_entropies += recipe.label_smoothing * (to_all - cross_entropies)
   tf.add_to_collection(
       'losses', tf.reduce_mean(cross_entropies, axis=0, name='cross_entropy'))
   return tf.add_n(tf.get_collection('losses', scope), name='total_loss')
@@ -398,16 +406,15 @@ def make_optimizer(rate, recipe):
 
 
 class MuonOptimizer(tf.train.MomentumOptimizer):
-  """Momentum that does not let a few directions of a layer outrun the others.
+  """Momentum in which no direction of a layer outruns the others.
 
-  Values above zero have a mean, which all gradients share: it goes (Yong et al.
-  2020, Gradient Centralization). Updates of kernels get singular values of 0.7
-  to 1.2 (Jordan et al. 2024, Muon), times the rate and the size of new weights.
+  Gradients lose the mean that they share, as what a layer sees is positive
+  (Yong et al. 2020, Gradient Centralization). Updates of kernels have singular
+  values of 0.7 to 1.2 (Jordan et al. 2024, Muon) times rate and initial size.
   """
 
   def _resource_apply_dense(self, grad, var):
-    if var.shape.rank > 1:
-      grad = _centred(grad)
+    grad = _centred(grad) if var.shape.rank > 1 else grad
     if var.shape.rank != 4:
       return super()._resource_apply_dense(grad, var)
     slot, momentum = self.get_slot(var, 'momentum'), self._momentum_tensor

@@ -105,7 +105,7 @@ def tower_loss(scope, images, labels, recipe=None):
   Returns:
     Scalar float32: the total loss over the tower's batch.
   """
-  return cifar10.loss(cifar10.inference(images, recipe), labels, scope)
+  return cifar10.loss(cifar10.inference(images, recipe), labels, scope, recipe)
 
 
 def average_losses(tower_losses):

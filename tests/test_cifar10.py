@@ -209,6 +209,19 @@ def test_loss_is_mean_cross_entropy_plus_weight_decays(decay):
   assert total == pytest.approx(sum(expected.values()), rel=1e-5)
 
 
+def test_label_smoothing_gives_all_classes_a_share_of_each_label():
+  random = np.random.default_rng(0)
+  logits = random.normal(0, 3, [16, 10]).astype(np.float32)
+  labels = random.integers(0, 10, 16)
+  ours = cifar10.loss(tf.constant(logits), tf.constant(labels),
+                      recipe=cifar10.Recipe(label_smoothing=0.1))
+  expected = tf.losses.softmax_cross_entropy(
+      np.eye(10)[labels], logits, label_smoothing=0.1)
+  with tf.Session() as session:
+    ours, expected = session.run([ours, expected])
+  assert ours == pytest.approx(expected, rel=1e-5)
+
+
 def test_loss_counts_what_a_reader_adds_but_not_in_a_scope_of_its_own():
   images, labels = _batch(4)
   tf.add_to_collection('losses', tf.constant(1000.0))
