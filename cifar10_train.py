@@ -608,8 +608,7 @@ def _define_recipe_flags():
   _define_float('momentum', 0.0, "Nesterov's, of the gradients.", 1.0)
   flags.DEFINE_enum('optimizer', 'descent', ['descent', 'muon'], 'What turns '
                     'gradients into updates: Muon makes them even.')
-  _define_float('label_smoothing', 0.0,
-                'Share of each label that all classes get.', 1.0)
+  _define_float('label_smoothing', 0.0, 'Share of labels all classes get.', 1.0)
   _define_float('weight_decay', cifar10.WEIGHT_DECAY,
                 'Factor of the L2 losses of local3 and local4.')
   _define_float('moving_average_decay', cifar10.MOVING_AVERAGE_DECAY,

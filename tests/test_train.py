@@ -425,7 +425,7 @@ def test_number_has_to_be_whole_and_positive(call_script, script, name):
     ('--use_fp16=maybe', ['use_fp16', 'maybe']),
     ('--learning_rate=nan', ['learning_rate', 'nan']),
     ('--weight_decay=inf', ['weight_decay', 'inf']),
-    ('--dataset=mnist', ['dataset', 'cifar10, cifar10_holdout, cifar100']),
+    ('--dataset=mnist', ['dataset', 'cifar10, cifar100, cifar100_coarse']),
     ('--data_url=ftp://x', ['data_url', 'https://']),
     ('--data_sha256=abc', ['data_sha256', '64 hexadecimal digits']),
     ('--data_sha256=' + 64 * 'g', ['data_sha256', '64 hexadecimal digits']),
