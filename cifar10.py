@@ -76,6 +76,8 @@ class Recipe:
       lambda: steps_per_decay(
           NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN, FLAGS.batch_size))
   momentum: float = 0.0  # Nesterov's; plain gradient descent has none.
+  optimizer: str = 'descent'  # Or 'muon': see `MuonOptimizer`.
+  label_smoothing: float = 0.0  # Share of each label that all classes get.
   weight_decay: float = _constant(lambda: WEIGHT_DECAY)
   moving_average_decay: float = _constant(lambda: MOVING_AVERAGE_DECAY)
 
@@ -87,19 +89,24 @@ def steps_per_decay(examples_per_epoch, examples_per_step):
 
 
 # The recipes that --recipe knows: the flags whose defaults each changes.
+# Muon and smoothing were chosen with --dataset=cifar10_holdout, one seed each.
 _FAST = {
-    'max_steps': 30000,
+    'max_steps': 14000,
     'batch_size': 64,           # Neither better nor worse than 128.
     'image_size': 28,           # 1.5 points better than 24, a third slower.
     'learning_rate': 0.02,
     'learning_rate_schedule': 'linear',
     'momentum': 0.9,            # 3 points better than none, in short runs.
+    'optimizer': 'muon',        # 3.7 points, after 3,000 steps.
+    'label_smoothing': 0.1,     # 0.3 above whitened patches, 6,000 steps.
     'weight_decay': 0.008,      # With 0.004, it learns images by heart.
     'moving_average_decay': 0.999}
 RECIPES = {
     'original': {},
     'fast': _FAST,
-    'strong': {**_FAST, 'max_steps': 72000},
+    # Not searched yet on the held-out batch: the fast recipe of before.
+    'strong': {**_FAST, 'max_steps': 72000, 'optimizer': 'descent',
+               'label_smoothing': 0.0},
 }
 
 
@@ -167,7 +174,7 @@ def inference(images, recipe=None):
   # Edges and colours. 64 filters look at 5x5 pixels each.
   with tf.variable_scope('conv1'):
     kernel, biases = _weights_and_biases(
-        [5, 5, 3, 64], recipe.dtype, stddev=0.05, bias=0.0)
+        [5, 5, 3, 64], recipe, stddev=0.05, bias=0.0)
     conv = tf.nn.conv2d(images, kernel, strides=1, padding='SAME')
     # The tutorial pools after bias and ReLU. Neither changes which value of a
     # window is the largest; pooled first, they have a quarter as many to do.
@@ -180,7 +187,7 @@ def inference(images, recipe=None):
   # Combinations of what conv1 found, in a wider part of the picture.
   with tf.variable_scope('conv2'):
     kernel, biases = _weights_and_biases(
-        [5, 5, 64, 64], recipe.dtype, stddev=0.05, bias=0.1)
+        [5, 5, 64, 64], recipe, stddev=0.05, bias=0.1)
     conv = tf.nn.conv2d(norm1, kernel, strides=1, padding='SAME')
     conv2 = tf.nn.relu(tf.nn.bias_add(conv, biases), name='conv2')
   norm2 = local_response_normalization(conv2, name='norm2')
@@ -200,7 +207,7 @@ def inference(images, recipe=None):
   # No softmax here: the loss wants logits, from which it computes a softmax and
   # its logarithm in one numerically safe operation.
   with tf.variable_scope('softmax_linear'):
-    logits = _affine(local4, recipe.num_classes, recipe.dtype, stddev, bias=0.0,
+    logits = _affine(local4, recipe.num_classes, recipe, stddev, bias=0.0,
                      name='softmax_linear')
 
   _activation_summaries(conv1=pool1, conv2=conv2, local3=local3, local4=local4,
@@ -217,15 +224,15 @@ def _fully_connected(name, values, units, recipe):
   """A layer in which every unit sees all values, with ReLU."""
   with tf.variable_scope(name):
     return tf.nn.relu(
-        _affine(values, units, recipe.dtype, 0.04, 0.1, recipe.weight_decay),
+        _affine(values, units, recipe, 0.04, 0.1, recipe.weight_decay),
         name=name)
 
 
-def _affine(values, units, dtype, stddev, bias, decay=None, name=None):
+def _affine(values, units, recipe, stddev, bias, decay=None, name=None):
   """Matrix product plus biases, [batch, units]."""
   size = values.shape[1:].num_elements()
   weights, biases = _weights_and_biases(
-      [size, units], dtype, stddev, bias, decay)
+      [size, units], recipe, stddev, bias, decay)
   product = tf.matmul(tf.reshape(values, [-1, size]), weights)
   return tf.nn.bias_add(product, biases, name=name)
 
@@ -238,7 +245,7 @@ def _locally_connected(name, images, channels, recipe):
   with tf.variable_scope(name):
     _, height, width, depth = images.shape.as_list()
     weights, biases = _weights_and_biases(
-        [height * width, 9 * depth, channels], recipe.dtype, 0.04, bias=0.1,
+        [height * width, 9 * depth, channels], recipe, 0.04, bias=0.1,
         decay=recipe.weight_decay, bias_shape=[height, width, channels])
     # With the places in front, the layer is a matrix product for each of them.
     # A patch is nine whole neighbours: faster than `tf.image.extract_patches`.
@@ -254,28 +261,33 @@ def _locally_connected(name, images, channels, recipe):
     return tf.nn.relu(products + biases, name=name)
 
 
-def _weights_and_biases(shape, dtype, stddev, bias, decay=None,
+def _weights_and_biases(shape, recipe, stddev, bias, decay=None,
                         bias_shape=None):
-  """Makes a layer's variables, and returns them as tensors of a dtype.
+  """Makes a layer's variables, and returns them as tensors of recipe.dtype.
 
   The variables are float32: small updates would be lost in 16 bits. Weights
   start from a truncated normal distribution. With `decay`, decay * L2 loss
   joins the collection `losses`. There is one bias for each output, the last
   dimension of `shape`, unless `bias_shape` is given.
   """
+  draw = tf.truncated_normal_initializer(stddev=stddev)
+
+  def draw_centred(shape, dtype):
+    return _centred(draw(shape, dtype))
+
   # The CPU's memory is in reach of all GPUs. `get_variable` makes a variable,
   # or finds it where a second tower asks for it again.
   with tf.device('/cpu:0'):
     weights = tf.get_variable(
-        'weights', shape, tf.float32,
-        tf.truncated_normal_initializer(stddev=stddev))
+        'weights', shape, tf.float32,  # Muon keeps them centred.
+        draw_centred if recipe.optimizer == 'muon' else draw)
     biases = tf.get_variable(
         'biases', bias_shape or shape[-1:], tf.float32,
         tf.constant_initializer(bias))
   if decay is not None:
     weight_loss = tf.multiply(tf.nn.l2_loss(weights), decay, name='weight_loss')
     tf.add_to_collection('losses', weight_loss)
-  return tf.cast(weights, dtype), tf.cast(biases, dtype)
+  return tf.cast(weights, recipe.dtype), tf.cast(biases, recipe.dtype)
 
 
 def local_response_normalization(
@@ -328,13 +340,14 @@ def local_response_normalization(
 # Training.
 
 
-def loss(logits, labels, scope=None):
+def loss(logits, labels, scope=None, recipe=None):
   """Adds the mean cross entropy to the collection `losses`, and sums that up.
 
   Args:
     logits: float32 [batch, num_classes], from `inference`.
     labels: int32 [batch], from `inputs` or `distorted_inputs`.
     scope: the name scope whose losses count, as for a tower; None for all.
+    recipe: the `Recipe`.
 
   Returns:
     Scalar float32: mean cross entropy plus weight decays.
@@ -342,6 +355,9 @@ def loss(logits, labels, scope=None):
   cross_entropies = tf.nn.sparse_softmax_cross_entropy_with_logits(
       labels=tf.cast(labels, tf.int64, name='labels'), logits=logits,
       name='cross_entropy_per_example')
+  if recipe and recipe.label_smoothing:  # Szegedy et al. 2016, section 7.
+    to_all = tf.reduce_logsumexp(logits, 1) - tf.reduce_mean(logits, 1)
+    cross_entropies += recipe.label_smoothing * (to_all - cross_entropies)
   tf.add_to_collection(
       'losses', tf.reduce_mean(cross_entropies, axis=0, name='cross_entropy'))
   _precision_summary(logits, labels)
@@ -384,9 +400,39 @@ def learning_rate(global_step, recipe):
 
 def make_optimizer(rate, recipe):
   """Returns gradient descent at a learning rate, perhaps with momentum."""
+  if recipe.optimizer == 'muon':
+    return MuonOptimizer(rate, recipe.momentum, use_nesterov=True)
   if recipe.momentum:
     return tf.train.MomentumOptimizer(rate, recipe.momentum, use_nesterov=True)
   return tf.train.GradientDescentOptimizer(rate)
+
+
+class MuonOptimizer(tf.train.MomentumOptimizer):
+  """Momentum in which no direction of a layer outruns the others.
+
+  Gradients lose the mean that they share (Yong et al. 2020); updates of kernels
+  get singular values of 0.7 to 1.2 (Jordan et al. 2024) times rate and size.
+  """
+
+  def _resource_apply_dense(self, grad, var):
+    grad = _centred(grad) if var.shape.rank > 1 else grad
+    if var.shape.rank != 4:
+      return super()._resource_apply_dense(grad, var)
+    slot, momentum = self.get_slot(var, 'momentum'), self._momentum_tensor
+    update = grad + momentum * slot.assign(momentum * slot + grad)
+    matrix = tf.reshape(tf.nn.l2_normalize(update), [-1, var.shape[-1]])
+    for _ in range(5):
+      gram = tf.matmul(matrix, matrix, transpose_a=True)
+      matrix = 3.4445 * matrix + tf.matmul(
+          matrix, 2.0315 * tf.matmul(gram, gram) - 4.775 * gram)
+    size = 0.05 * matrix.shape.as_list()[0] ** 0.5 * self._learning_rate_tensor
+    return var.assign_sub(tf.reshape(size * matrix, var.shape))
+
+
+def _centred(weights):
+  """Takes from the weights of each output their mean."""
+  inputs = list(range(weights.shape.rank - 1))
+  return weights - tf.reduce_mean(weights, inputs, keepdims=True)
 
 
 def apply_gradients(optimizer, gradients, global_step, recipe):

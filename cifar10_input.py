@@ -639,6 +639,10 @@ CIFAR10 = Dataset(
         'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'},
     make=_extract)
 
+CIFAR10_HOLDOUT = dataclasses.replace(  # To choose settings by.
+    CIFAR10, name='cifar10_holdout', eval_files={'data_batch_5.bin': 10000},
+    train_files={'data_batch_%d.bin' % i: 10000 for i in range(1, 5)})
+
 CIFAR100 = Dataset(
     name='cifar100',
     title='CIFAR-100',
@@ -701,8 +705,8 @@ SYNTHETIC = Dataset(
     make=_write_synthetic)
 
 DATASETS = {dataset.name: dataset
-            for dataset in (CIFAR10, CIFAR100, CIFAR100_COARSE, SVHN,
-                            SYNTHETIC)}
+            for dataset in (CIFAR10, CIFAR10_HOLDOUT, CIFAR100, CIFAR100_COARSE,
+                            SVHN, SYNTHETIC)}
 
 
 def described_dataset():

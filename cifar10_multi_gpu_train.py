@@ -105,7 +105,7 @@ def tower_loss(scope, images, labels, recipe=None):
   Returns:
     Scalar float32: the total loss over the tower's batch.
   """
-  return cifar10.loss(cifar10.inference(images, recipe), labels, scope)
+  return cifar10.loss(cifar10.inference(images, recipe), labels, scope, recipe)
 
 
 def average_losses(tower_losses):
@@ -153,8 +153,8 @@ _MISSED_SECS = 8    # After so long, others say that they wait for it.
 _RUN_FLAGS = (
     'dataset', 'model', 'image_size', 'use_bfloat16', 'use_fp16', 'batch_size',
     'num_gpus', 'sync_replicas', 'max_steps', 'learning_rate',
-    'learning_rate_schedule', 'momentum', 'weight_decay',
-    'moving_average_decay')
+    'learning_rate_schedule', 'momentum', 'optimizer', 'label_smoothing',
+    'weight_decay', 'moving_average_decay')
 
 
 def check_cluster(jobs, job, index):

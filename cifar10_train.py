@@ -56,7 +56,7 @@ def build_step(dataset, recipe, global_step):
   with tf.device('/cpu:0'):
     images, labels = distorted_inputs(dataset, FLAGS.batch_size)
   logits = cifar10.inference(images, recipe)
-  loss = cifar10.loss(logits, labels)
+  loss = cifar10.loss(logits, labels, recipe=recipe)
   return cifar10.train(loss, global_step, recipe), loss
 
 
@@ -99,6 +99,8 @@ def training_recipe(dataset, examples_per_step):
       decay_steps=FLAGS.max_steps if schedule != 'staircase' else
       cifar10.steps_per_decay(dataset.num_train_examples, examples_per_step),
       momentum=FLAGS.momentum,
+      optimizer=FLAGS.optimizer,
+      label_smoothing=FLAGS.label_smoothing,
       weight_decay=FLAGS.weight_decay,
       moving_average_decay=FLAGS.moving_average_decay)
 
@@ -713,6 +715,9 @@ def _define_recipe_flags():
       'learning_rate_schedule', 'staircase', ['staircase', 'linear', 'cosine'],
       'How it falls: tenfold every 350 epochs, or to zero at --max_steps.')
   _define_float('momentum', 0.0, "Nesterov's, of the gradients.", 1.0)
+  flags.DEFINE_enum('optimizer', 'descent', ['descent', 'muon'], 'What turns '
+                    'gradients into updates: Muon makes them even.')
+  _define_float('label_smoothing', 0.0, 'Share of labels all classes get.', 1.0)
   _define_float('weight_decay', cifar10.WEIGHT_DECAY,
                 'Factor of the L2 losses of local3 and local4.')
   _define_float('moving_average_decay', cifar10.MOVING_AVERAGE_DECAY,

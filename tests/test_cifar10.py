@@ -209,6 +209,19 @@ def test_loss_is_mean_cross_entropy_plus_weight_decays(decay):
   assert total == pytest.approx(sum(expected.values()), rel=1e-5)
 
 
+def test_label_smoothing_gives_all_classes_a_share_of_each_label():
+  random = np.random.default_rng(0)
+  logits = random.normal(0, 3, [16, 10]).astype(np.float32)
+  labels = random.integers(0, 10, 16)
+  ours = cifar10.loss(tf.constant(logits), tf.constant(labels),
+                      recipe=cifar10.Recipe(label_smoothing=0.1))
+  expected = tf.losses.softmax_cross_entropy(
+      np.eye(10)[labels], logits, label_smoothing=0.1)
+  with tf.Session() as session:
+    ours, expected = session.run([ours, expected])
+  assert ours == pytest.approx(expected, rel=1e-5)
+
+
 def test_loss_counts_what_a_reader_adds_but_not_in_a_scope_of_its_own():
   images, labels = _batch(4)
   tf.add_to_collection('losses', tf.constant(1000.0))
@@ -268,6 +281,46 @@ def test_momentum_is_that_of_nesterov():
     # Velocities of 2 and 3.8, and a look ahead from each.
     assert session.run(variable) == pytest.approx(
         1 - 0.1 * (2 + 0.9 * 2) - 0.1 * (2 + 0.9 * 3.8))
+
+
+def test_muon_centres_gradients_and_moves_kernels_equally_far_all_ways():
+  normal = np.random.default_rng(0).normal
+  gradients = {'kernel': normal(1, 1, [5, 5, 2, 8]),
+               'matrix': normal(1, 1, [6, 4]), 'biases': normal(1, 1, [4])}
+  variables = {name: tf.get_variable(name, initializer=tf.zeros(value.shape))
+               for name, value in gradients.items()}
+  loss = tf.add_n([tf.reduce_sum(variables[name] * value.astype(np.float32))
+                   for name, value in gradients.items()])
+  step = cifar10.train(
+      loss, tf.train.get_or_create_global_step(),
+      cifar10.Recipe(optimizer='muon', learning_rate=0.1, momentum=0.9))
+  with _session(noise=0) as session:
+    session.run(step)
+    moved = {name: value / -0.1
+             for name, value in session.run(variables).items()}
+  np.testing.assert_allclose(
+      moved['biases'], 1.9 * gradients['biases'], rtol=1e-5)
+  matrix = gradients['matrix']
+  np.testing.assert_allclose(
+      moved['matrix'], 1.9 * (matrix - matrix.mean(axis=0)), atol=1e-5)
+  matrix = gradients['kernel'].reshape(50, 8)
+  left, _, right = np.linalg.svd(matrix - matrix.mean(axis=0), False)
+  spread = left.T @ moved['kernel'].reshape(50, 8) @ right.T
+  values = spread.diagonal() / (0.05 * 50 ** 0.5)
+  assert 0.6 < values.min() and values.max() < 1.3
+  np.testing.assert_allclose(spread, np.diag(spread.diagonal()), atol=1e-4)
+
+
+def test_weights_that_muon_will_keep_centred_begin_so():
+  cifar10.inference(
+      tf.zeros([1, 24, 24, 3]), cifar10.Recipe(optimizer='muon'))
+  with _session(noise=0) as session:
+    for name, values in _values(session).items():
+      if 'weights' in name:
+        means = values.reshape(-1, values.shape[-1]).mean(axis=0)
+        np.testing.assert_allclose(means, 0, atol=1e-6)
+        deviation, _ = INITIAL[name.split('/')[0]]
+        assert values.std() == pytest.approx(0.88 * deviation, rel=0.04)
 
 
 def _one_step(build, values):

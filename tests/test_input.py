@@ -280,6 +280,16 @@ def test_cifar10_is_described_as_published():
       'ship', 'truck')
 
 
+def test_holdout_keeps_one_training_file_to_evaluate_on_and_no_test_picture():
+  holdout = cifar10_input.DATASETS['cifar10_holdout']
+  assert list(holdout.train_files) + list(holdout.eval_files) == list(
+      CIFAR10.train_files)
+  assert list(holdout.eval_files) == ['data_batch_5.bin']
+  assert holdout.num_train_examples == 40000
+  assert (holdout.folder, holdout.downloads, holdout.classes) == (
+      CIFAR10.folder, CIFAR10.downloads, CIFAR10.classes)
+
+
 def test_cifar100_has_two_labels_and_takes_the_right_one():
   record = bytes([7, 42]) + bytes(3072)
   for dataset, label, num_classes in (

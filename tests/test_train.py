@@ -463,6 +463,7 @@ OF_TRAINING = {
     'save_checkpoint_secs': 600, 'save_summary_steps': 100, 'seed': None,
     'recipe': 'original', 'learning_rate': 0.1, 'weight_decay': 0.004,
     'learning_rate_schedule': 'staircase', 'momentum': 0.0,
+    'optimizer': 'descent', 'label_smoothing': 0.0,
     'moving_average_decay': 0.9999, 'min_fraction_of_examples_in_queue': 0.4,
     'deterministic': False}
 OF_TOWERS = {'num_gpus': 1, 'sync_replicas': True}
