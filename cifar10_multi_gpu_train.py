@@ -149,13 +149,6 @@ def _average(tensors, name):
 TIMEOUT_SECS = 600  # For so long a task may be silent.
 _MISSED_SECS = 8    # After so long, others say that they wait for it.
 
-# What all tasks of a run must agree on.
-_RUN_FLAGS = (
-    'dataset', 'model', 'image_size', 'use_bfloat16', 'use_fp16', 'batch_size',
-    'num_gpus', 'sync_replicas', 'max_steps', 'learning_rate',
-    'learning_rate_schedule', 'momentum', 'optimizer', 'label_smoothing',
-    'weight_decay', 'moving_average_decay')
-
 
 def check_cluster(jobs, job, index):
   """Raises a UserError that says why no cluster can train with a TF_CONFIG."""
@@ -260,10 +253,12 @@ class Cluster(cifar10_train.Task):
 
   def build_step(self, dataset, recipe, global_step):
     """Builds one step of this task; see `cifar10_train.build_step`."""
-    self.described = {'--' + name: FLAGS[name].value for name in _RUN_FLAGS}
-    # A folder may be elsewhere on another machine.
-    self.described['--dataset'] = os.path.basename(dataset.name)
-    self.described['classes'] = ', '.join(dataset.classes)
+    names = [*cifar10_train.shaping_flags(), 'num_gpus', 'sync_replicas']
+    self.described = {
+        **{'--' + name: FLAGS[name].value for name in names},
+        # A folder may be elsewhere on another machine.
+        '--dataset': os.path.basename(dataset.name),
+        'classes': ', '.join(dataset.classes)}
     return build_step(dataset, recipe, global_step, self.hook.apply_gradients)
 
   def steps_done(self, train_op, global_step):

@@ -361,13 +361,17 @@ def _show_run(step):
       _script_flags(), key=lambda flag: (not flag.present, flag.name))]
   rows += [f'| {name} | {version} |' for name, version in _VERSIONS.items()]
   table = '\n'.join(['| given flags first | |', '| --- | --- |', *rows])
-  names = sorted(
-      {'dataset', 'model', 'recipe'}.union(*cifar10.RECIPES.values()))
   writer = tf.summary.FileWriterCache.get(FLAGS.train_dir)
-  values = {name: FLAGS[name].value for name in names}
+  values = {name: FLAGS[name].value for name in shaping_flags()}
   for shown in (text.text_pb('configuration', table),
                 hparams.hparams_pb(values)):
     writer.add_summary(shown.SerializeToString(), step)
+
+
+def shaping_flags():
+  """Returns the names of the flags that decide what a run learns."""
+  return sorted({'dataset', 'model', 'recipe', 'use_bfloat16', 'use_fp16'}
+                .union(*cifar10.RECIPES.values()))
 
 
 def read_run(folder):

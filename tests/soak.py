@@ -2,16 +2,18 @@
 
     python tests/soak.py --data_dir=/tmp/cifar10_data       # ten minutes or so
     python tests/soak.py --data_dir=/tmp/cifar10_data --cluster --kills=50 \
-        --steps=2500 -- --dataset=synthetic --batch_size=8      # half an hour
+        --steps=4000 -- --dataset=synthetic --batch_size=8      # most of an hour
 
 Checkpoints are a second apart, so that some kills come in the middle of one.
 After each kill the next start must go on from the newest whole checkpoint, and
 in the end there is no file that the suite does not know.
 
-With --cluster it trains on a chief, a worker and a parameter server, and each
-time one of them, or all, is killed, stopped for a while, or asked to end.
-Whatever ended by that is started again, and no step may be lost that is behind
-the last checkpoint.
+With --cluster it trains on a chief, a worker and a parameter server: many times
+in a row, with a chief that is slowed down, and with one task that is stopped
+when the others must end. Then comes the long training, in which each time one
+of them, or all, is killed, stopped for a while, or asked to end. Whatever ended
+by that is started again, and no step may be lost that is behind the last
+checkpoint.
 """
 import argparse
 import json
@@ -208,6 +210,36 @@ def stop_one_and_end_the_others(args, folder):
     cluster.processes[stopped].wait()
 
 
+def end_again_and_again(args, folder, times):
+  """Starts and ends must not depend on luck."""
+  for i in range(times):
+    cluster = Cluster(folder, ['--data_dir=' + args.data_dir, *args.flags,
+                               '--max_steps=10'])
+    cluster.start(*TASKS)
+    if set(cluster.codes().values()) != {0}:
+      cluster.fail('failed')
+    assert newest_step(cluster.train_dir) == 10
+  print('%d starts and ends' % times, flush=True)
+
+
+def train_with_a_slow_chief(args, folder, mode):
+  """A chief that has a twentieth of its time must see the end, too."""
+  cluster = Cluster(folder, ['--data_dir=' + args.data_dir, *args.flags,
+                             '--log_frequency=1', '--max_steps=100', mode])
+  cluster.start(*TASKS)
+  cluster.go_on()
+  chief = cluster.processes[CHIEF]
+  while chief.poll() is None:
+    for signum, secs in (signal.SIGSTOP, 0.95), (signal.SIGCONT, 0.05):
+      chief.send_signal(signum)
+      time.sleep(secs)
+  codes = cluster.codes()
+  print('chief slowed down, %s: ended with %s, steps of the chief %d' % (
+      mode, codes, len(cluster.steps())), flush=True)
+  assert set(codes.values()) == {0}
+  assert newest_step(cluster.train_dir) == 100
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--data_dir', required=True)
@@ -226,7 +258,11 @@ def main():
   signal.signal(signal.SIGINT, signal.default_int_handler)
   chance = random.Random(args.seed)
   if args.cluster:
-    stop_one_and_end_the_others(args, pathlib.Path(args.work_dir) / 'stopped')
+    folder = pathlib.Path(args.work_dir)
+    end_again_and_again(args, folder / 'short', 30)
+    for mode in '--sync_replicas', '--nosync_replicas':
+      train_with_a_slow_chief(args, folder / 'slow', mode)
+    stop_one_and_end_the_others(args, folder / 'stopped')
   for name, kills in [('left_alone', 0), ('killed', args.kills)]:
     precision = (train_on_cluster if args.cluster else train)(
         args, pathlib.Path(args.work_dir) / name, kills, chance)
