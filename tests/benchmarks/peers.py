@@ -346,22 +346,12 @@ def print_table(results):
 
 
 def draw(results, path):
-  import matplotlib
-  matplotlib.use('Agg')
-  import matplotlib.pyplot as plt
-  figure, axes = plt.subplots(figsize=(9, 6))
-  keys = list(results['steps'])[::-1]
-  ms = [train_speed.median(results['steps'][key], 'ms') for key in keys]
-  axes.barh([key.replace('_', ' ') for key in keys], ms, color=[
-      '#e07a1f' if key.startswith('ours') else
-      '#9db4c0' if key.endswith('float32') else '#5c6b73' for key in keys])
-  for i, value in enumerate(ms):
-    axes.text(value, i, ' %.0f' % value, va='center')
-  axes.set_xlabel('ms a step of 128 images, %s, %d cores' % (
-      results['machine']['cpu'], results['machine']['processors']))
-  axes.spines[['top', 'right']].set_visible(False)
-  figure.tight_layout()
-  figure.savefig(path, dpi=110)
+  ms = {key.replace('_', ' '): train_speed.median(figures, 'ms')
+        for key, figures in results['steps'].items()}
+  train_speed.draw_bars(ms, [
+      '#e07a1f' if name.startswith('ours') else
+      '#9db4c0' if name.endswith('float32') else '#5c6b73' for name in ms],
+                        results['machine'], path)
 
 
 if __name__ == '__main__':

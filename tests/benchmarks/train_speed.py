@@ -316,20 +316,24 @@ def print_growth(rows):
 
 
 def draw(results, path):
-  import matplotlib
-  matplotlib.use('Agg')
-  import matplotlib.pyplot as plt
-  steps = results['steps']
   keys = ['plain float32 with input', 'ours float32 with input',
           'limit float32', 'plain bfloat16 with input',
           'ours bfloat16 with input', 'limit bfloat16']
-  ms = [median(steps[key], 'ms') for key in keys]
-  figure, axes = plt.subplots(figsize=(8, 3))
-  axes.barh(keys[::-1], ms[::-1], color=['#9db4c0', '#e07a1f', '#5c6b73'] * 2)
-  for i, value in enumerate(ms[::-1]):
-    axes.text(value, i, ' %.0f' % value, va='center')
+  draw_bars({key: median(results['steps'][key], 'ms') for key in keys},
+            ['#9db4c0', '#e07a1f', '#5c6b73'] * 2, results['machine'], path)
+
+
+def draw_bars(ms, colours, on, path):
+  """Draws ms a step, a dict by names, as horizontal bars from the top."""
+  import matplotlib
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+  figure, axes = plt.subplots(figsize=(9, 1 + 0.25 * len(ms)))
+  bars = axes.barh(list(ms), list(ms.values()), color=colours)
+  axes.bar_label(bars, fmt=' %.0f')
+  axes.invert_yaxis()
   axes.set_xlabel('ms a step of 128 images, %s, %d cores' % (
-      results['machine']['cpu'], results['machine']['processors']))
+      on['cpu'], on['processors']))
   axes.spines[['top', 'right']].set_visible(False)
   figure.tight_layout()
   figure.savefig(path, dpi=110)
