@@ -28,6 +28,16 @@ GREYS = np.stack([GREY] * 3, 2)
 # as rows, its last row (or column) first, its columns (or rows) backwards.
 TRANSPOSED, LAST_FIRST, BACKWARDS = (5, 6, 7, 8), (3, 4, 6, 7), (2, 3, 7, 8)
 
+# What is told of the broken ones. Pillow's words differ between its versions.
+FAULTS = {
+    'archive.png': 'cannot identify', 'text.jpg': 'cannot identify',
+    'empty.png': 'cannot identify', 'huge.png': 'decompression bomb',
+    'cut.jpg': '[Tt]runcated', 'cut.png': '[Tt]runcated',
+    'header.png': '[Tt]runcated', 'wrong_crc.png': 'broken',
+    'float32.tif': '32 bits a pixel', 'int32.tif': '32 bits a pixel',
+    'folder.png': 'not a file', 'pipe.png': 'not a file',
+    'link.png': 'no such file', 'secret.png': 'Permission denied'}
+
 
 def make(folder):
   """Writes the files. Returns what each one shows, or None for a broken one."""

@@ -473,7 +473,7 @@ def test_pictures_of_all_kinds_are_what_they_look_like_or_refused(tmp_path):
       lossy = name.endswith(('.jpg', '.avif')) or name.startswith('lossy')
       assert abs(read.astype(int) - pixels).max() <= 20 * lossy, name
     elif name != 'secret.png' or os.geteuid():  # Root may read everything.
-      with pytest.raises(Exception):
+      with pytest.raises(Exception, match=pictures.FAULTS[name]):
         cifar10_input.read_picture(tmp_path / name)
 
 
