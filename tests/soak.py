@@ -237,7 +237,8 @@ def train_with_a_slow_chief(args, folder, mode):
   print('chief slowed down, %s: ended with %s, steps of the chief %d' % (
       mode, codes, len(cluster.steps())), flush=True)
   assert set(codes.values()) == {0}
-  assert newest_step(cluster.train_dir) == 100
+  # Of asynchronous steps, one may be under way when the last one is done.
+  assert newest_step(cluster.train_dir) in (100, 101)
 
 
 def main():
