@@ -212,7 +212,6 @@ class Cluster(cifar10_train.Task):
     self._texts = {}      # What the workers say, by their numbers.
     self.words = {}       # What this task says.
     self.described = {}   # What its flags make of the run.
-    self._leaving = threading.Event()
     self._device = '/job:%s/task:%d' % task
     self.hook = (SyncHook if FLAGS.sync_replicas else StepHook)(self)
     self._server = _start_server(jobs, task, self.names[task])
@@ -252,7 +251,10 @@ class Cluster(cifar10_train.Task):
           cifar10_train.checkpoints(FLAGS.train_dir), default=0
       ) >= FLAGS.max_steps:  # It was stopped while the others ended.
         code, message = 0, None
-    self._say_goodbye(code, message)
+    if self.is_chief:
+      self._tell_end(code, message)
+    if self.worker < 0:
+      time.sleep(3)  # The workers read how the run ended.
     if message:
       cifar10_train.fail(code, message)
     return code
@@ -289,7 +291,7 @@ class Cluster(cifar10_train.Task):
         self.is_chief or bool(run))
 
   def _chiefs_words(self):
-    return self._texts.get(0, {})
+    return self.words if self.is_chief else self._texts.get(0, {})
 
   def _correspond(self, server):
     """Writes to a parameter server and reads, in a thread: it may hang."""
@@ -302,24 +304,23 @@ class Cluster(cifar10_train.Task):
       text = tf.placeholder(tf.string, [])
       write = table.put(self.worker, text)
       while True:
-        last = self._leaving.is_set()
-        words = self.words if last else {**self.words, 'time': time.time()}
+        words = self.words
         try:
-          session.run(write, {text: json.dumps(words)})
+          session.run(
+              write, {text: json.dumps({**words, 'time': time.time()})})
           texts = table.read(session)
         except tf.errors.DeadlineExceededError:
           continue  # It may be stopped, and go on.
         except tf.errors.OpError:
           if server in self._failures:
             self._failures[server] += 1
-          time.sleep(1)
         else:
           self._silence[server] = self._failures[server] = 0
           if server == self._servers[0]:
             self._hear({i: json.loads(text) for i, text in texts.items()})
-        if last and server in self._failures:
+        if 'end' in words and server in self._failures:
           return
-        self._leaving.wait(1)
+        time.sleep(1)
 
   def _hear(self, texts):
     for i, task in enumerate(self._workers):
@@ -335,7 +336,7 @@ class Cluster(cifar10_train.Task):
       end = self._end()
       if end:
         patience -= 1
-        if not patience or not self._is_needed():
+        if self.worker > 0 or not patience or not self._chief_may_save():
           return end
       if training.done():
         return training.result(), None
@@ -347,16 +348,9 @@ class Cluster(cifar10_train.Task):
       return 128 + self.signals[0], f'stopped by {self.signals[0].name}.'
     return self._chiefs_words().get('end')
 
-  def _is_needed(self):
-    """Whether something is left to do at the end of the run.
-
-    The chief of a run saves, and a server stays while another task lives.
-    """
-    if self.worker < 0:
-      return any('time' in self._texts.get(i, {})
-                 and self._silence[task] < _MISSED_SECS
-                 for i, task in enumerate(self._workers))
-    return 'run' in self.words
+  def _chief_may_save(self):
+    return 'run' in self._chiefs_words() and (
+        self._silence[self._workers[0]] < _MISSED_SECS)
 
   def _look_around(self):
     """Raises a UserError if the run cannot go on."""
@@ -376,15 +370,13 @@ class Cluster(cifar10_train.Task):
         raise UserError(f'{self.names[task]} is gone, and the variables with '
                         'it: start all tasks again.')
 
-  def _say_goodbye(self, code, message):
-    """Tells the others how the run ended, or that this task is gone."""
-    self.words = {}
-    # A chief that is stopped by a signal is started again.
-    if self.is_chief and code in (0, 1):
-      self.words = {'end': [code, message and f'the chief: {message}']}
-    self._leaving.set()
+  def _tell_end(self, code, message):
+    """Tells the others how the chief's run ended."""
+    # After a signal it did not: a chief that was stopped is started again.
+    self.words = {'end': None if code > 1 else [
+        code, message and f'the chief: {message}']}
     # The servers of a run that has no step left may be starting still.
-    deadline = time.monotonic() + (30 if self.is_chief and code == 0 else 4)
+    deadline = time.monotonic() + (4 if code else 30)
     for thread in self._threads:
       thread.join(max(0, deadline - time.monotonic()))
 

@@ -260,7 +260,7 @@ def test_two_machines_with_64_images_learn_as_one_with_128(constant_input):
     for thread in threads:
       thread.join(60)
   for task in (server, *tasks):
-    task._leaving.set()  # Its threads end.
+    task.words = {'end': None}  # Its threads end.
   _assert_learned(*values)
 
 
@@ -279,7 +279,7 @@ def test_task_that_never_comes_is_named(monkeypatch, capsys):
       UserError, match='%s has not answered for 9 seconds.' % name):
     chief._look_around()
   for task in (server, chief):
-    task._leaving.set()  # Its threads end.
+    task.words = {'end': None}  # Its threads end.
 
 
 class Tasks:
