@@ -38,7 +38,8 @@ def train():
   if jobs:
     check_cluster(jobs, *task)
     cifar10_input.speaker = '%s %d: ' % tuple(task)
-    return Cluster(jobs, *task).run()
+    cluster = SyncCluster if FLAGS.sync_replicas else Cluster
+    return cluster(jobs, *task).run()
   return cifar10_train.run_training(
       build_step, FLAGS.batch_size * FLAGS.num_gpus)
 
@@ -176,8 +177,8 @@ def check_cluster(jobs, job, index):
         f'only {len(jobs[job])} of {job}.')
 
 
-class Cluster(cifar10_train.Task):
-  """One task of a cluster, and what it knows of the others.
+class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
+  """One task of a cluster, in which each worker does steps of its own.
 
   Parameter servers (ps) hold the variables. The chief and the workers compute,
   each on batches of its own; the chief also initializes, saves and summarizes.
@@ -204,25 +205,23 @@ class Cluster(cifar10_train.Task):
     self.names = {(name, i): f'{name} {i} at {address}' for name in jobs
                   for i, address in enumerate(jobs[name])}
     self._servers = [task] if job == 'ps' else servers
-    # Without the chief no run begins, without all no synchronous step is done.
-    needed = self._workers if FLAGS.sync_replicas else self._workers[:1]
-    self._needed = self._servers + [each for each in needed if each != task]
-    self._silence = dict.fromkeys(self.names, 0)  # Seconds of each task.
+    self._needed = self._needed_workers()
+    # In seconds, of each task that this one cannot do without.
+    self._silence = dict.fromkeys(self._servers + self._needed, 0)
     self._failures = {}   # Calls in a row to each server that once answered.
     self._texts = {}      # What the workers say, by their numbers.
     self.words = {}       # What this task says.
-    self.described = {}   # What its flags make of the run.
+    self._described = {}  # What its flags make of the run.
     self._device = '/job:%s/task:%d' % task
-    self.hook = (SyncHook if FLAGS.sync_replicas else StepHook)(self)
     self._server = _start_server(jobs, task, self.names[task])
     super().__init__(
         # A ps is no worker, and so not the chief.
         worker=-1 if job == 'ps' else self._workers.index(task),
-        num_workers=len(self._workers) if FLAGS.sync_replicas else 1,
+        num_workers=len(self._needed),
         target=self._server.target,
         device=tf.train.replica_device_setter(
             worker_device=self._device, cluster=jobs),
-        hooks=(self.hook,),
+        hooks=(self,),
         config=tf.ConfigProto(device_filters=['/job:ps', self._device]))
     # To fuse bfloat16 operations fails in a cluster.
     rewriting = self.config.graph_options.rewrite_options
@@ -232,6 +231,11 @@ class Cluster(cifar10_train.Task):
         for server in self._servers]
     for thread in self._threads:
       thread.start()
+
+  def _needed_workers(self):
+    return self._workers[:1]
+
+  # How the process goes on and ends: the main thread.
 
   def run(self):
     """Does what this task is there for. Returns the exit code."""
@@ -259,39 +263,57 @@ class Cluster(cifar10_train.Task):
       cifar10_train.fail(code, message)
     return code
 
-  def build_step(self, dataset, recipe, global_step):
-    """Builds one step of this task; see `cifar10_train.build_step`."""
-    names = [*cifar10_train.shaping_flags(), 'num_gpus', 'sync_replicas']
-    self.described = {
-        **{'--' + name: FLAGS[name].value for name in names},
-        # A folder may be elsewhere on another machine.
-        '--dataset': os.path.basename(dataset.name),
-        'classes': ', '.join(dataset.classes)}
-    return build_step(dataset, recipe, global_step, self.hook.apply_gradients)
+  def _watch(self, training):
+    """Looks around until this task is to end: how, is a code and a line."""
+    patience = 14  # Looks, of a second each.
+    while True:
+      concurrent.futures.wait([training], timeout=1)
+      end = self._end()
+      if end:
+        patience -= 1
+        if self.worker > 0 or not patience or not self._chief_may_save():
+          return end
+      if training.done():
+        return training.result(), None
+      self._look_around()
 
-  def steps_done(self, train_op, global_step):
-    if FLAGS.sync_replicas:  # Variables are updated after the operation.
-      return self.hook.step + 1
-    return super().steps_done(train_op, global_step)
+  def _end(self):
+    """Returns how the run ends for this task, or None if it goes on."""
+    if self.signals:
+      return 128 + self.signals[0], f'stopped by {self.signals[0].name}.'
+    return self._chiefs_words().get('end')
 
-  def check(self):
-    """Returns whether this task can compute now.
-
-    Raises:
-      UserError: if the chief's flags are not those of this task.
-    """
-    run = self._chiefs_words().get('run', {})
-    for name, value in run.items():
-      own = self.described.get(name, value)  # Its data may not be there yet.
-      if value != own:
-        raise UserError(f'{name} is {own} here, but {value} at '
-                        f'{self.names[self._workers[0]]}: start all tasks '
-                        'with the same flags.')
-    return len(self._failures) == len(self._servers) and (
-        self.is_chief or bool(run))
+  def _chief_may_save(self):
+    return 'run' in self._chiefs_words() and (
+        self._silence[self._workers[0]] < _MISSED_SECS)
 
   def _chiefs_words(self):
     return self.words if self.is_chief else self._texts.get(0, {})
+
+  def _look_around(self):
+    """Raises a UserError if the run cannot go on."""
+    self.check()
+    for server in self._servers:
+      self._miss(server)
+    for task, secs in self._silence.items():
+      if secs > TIMEOUT_SECS:
+        raise UserError(f'{self.names[task]} has not answered for '
+                        f'{TIMEOUT_SECS} seconds.')
+      if self._failures.get(task, 0) > 2:
+        raise UserError(f'{self.names[task]} is gone, and the variables with '
+                        'it: start all tasks again.')
+
+  def _tell_end(self, code, message):
+    """Tells the others how the chief's run ended."""
+    # After a signal it did not: a chief that was stopped is started again.
+    self.words = {'end': None if code > 1 else [
+        code, message and f'the chief: {message}']}
+    # The servers of a run that has no step left may be starting still.
+    deadline = time.monotonic() + (4 if code else 30)
+    for thread in self._threads:
+      thread.join(max(0, deadline - time.monotonic()))
+
+  # What the tasks tell each other: a thread for each server.
 
   def _correspond(self, server):
     """Writes to a parameter server and reads, in a thread: it may hang."""
@@ -323,62 +345,70 @@ class Cluster(cifar10_train.Task):
         time.sleep(1)
 
   def _hear(self, texts):
-    for i, task in enumerate(self._workers):
-      if texts.get(i) != self._texts.get(i):
+    for i, task in enumerate(self._needed):
+      if texts.get(i) == self._texts.get(i):
+        self._miss(task)
+      else:
         self._silence[task] = 0
     self._texts = texts
 
-  def _watch(self, training):
-    """Looks around until this task is to end: how, is a code and a line."""
-    patience = 14  # Looks, of a second each.
-    while True:
-      concurrent.futures.wait([training], timeout=1)
-      end = self._end()
-      if end:
-        patience -= 1
-        if self.worker > 0 or not patience or not self._chief_may_save():
-          return end
-      if training.done():
-        return training.result(), None
-      self._look_around()
+  def _miss(self, task):
+    # Seconds are counted, not read from a clock, which goes on when this
+    # process is stopped.
+    self._silence[task] += 1
+    if self._silence[task] == _MISSED_SECS:
+      say(f'Waiting for {self.names[task]}.')
 
-  def _end(self):
-    """Returns how the run ends for this task, or None if it goes on."""
-    if self.signals:
-      return 128 + self.signals[0], f'stopped by {self.signals[0].name}.'
-    return self._chiefs_words().get('end')
+  # How this task trains: a thread of its own.
 
-  def _chief_may_save(self):
-    return 'run' in self._chiefs_words() and (
-        self._silence[self._workers[0]] < _MISSED_SECS)
+  def build_step(self, dataset, recipe, global_step):
+    """Builds one step of this task; see `cifar10_train.build_step`."""
+    names = [*cifar10_train.shaping_flags(), 'num_gpus', 'sync_replicas']
+    self._described = {
+        **{'--' + name: FLAGS[name].value for name in names},
+        # A folder may be elsewhere on another machine.
+        '--dataset': os.path.basename(dataset.name),
+        'classes': ', '.join(dataset.classes)}
+    return build_step(dataset, recipe, global_step, self.apply_gradients)
 
-  def _look_around(self):
-    """Raises a UserError if the run cannot go on."""
-    self.check()
-    # Counted, not read from a clock, which goes on when this process is
-    # stopped. Of the workers nobody hears while the first server is silent.
-    heard = self._silence[self._servers[0]] < 3
-    for task in self._silence:
-      self._silence[task] += heard or task in self._servers
-    for task in self._needed:
-      if self._silence[task] == _MISSED_SECS:
-        say(f'Waiting for {self.names[task]}.')
-      if self._silence[task] > TIMEOUT_SECS:
-        raise UserError(f'{self.names[task]} has not answered for '
-                        f'{TIMEOUT_SECS} seconds.')
-      if self._failures.get(task, 0) > 2:
-        raise UserError(f'{self.names[task]} is gone, and the variables with '
-                        'it: start all tasks again.')
+  def apply_gradients(self, optimizer, gradients, global_step, recipe):
+    """As `cifar10.apply_gradients`."""
+    # The averages need not travel to a worker and back.
+    with tf.device(global_step.device):
+      return cifar10.apply_gradients(optimizer, gradients, global_step, recipe)
 
-  def _tell_end(self, code, message):
-    """Tells the others how the chief's run ended."""
-    # After a signal it did not: a chief that was stopped is started again.
-    self.words = {'end': None if code > 1 else [
-        code, message and f'the chief: {message}']}
-    # The servers of a run that has no step left may be starting still.
-    deadline = time.monotonic() + (4 if code else 30)
-    for thread in self._threads:
-      thread.join(max(0, deadline - time.monotonic()))
+  def check(self):
+    """Returns whether this task can compute now.
+
+    Raises:
+      UserError: if the chief's flags are not those of this task.
+    """
+    run = self._chiefs_words().get('run', {})
+    for name, value in run.items():
+      own = self._described.get(name, value)  # Its data may not be there yet.
+      if value != own:
+        raise UserError(f'{name} is {own} here, but {value} at '
+                        f'{self.names[self._workers[0]]}: start all tasks '
+                        'with the same flags.')
+    return len(self._failures) == len(self._servers) and (
+        self.is_chief or bool(run))
+
+  def begin(self):
+    while not self.check():
+      time.sleep(0.1)
+
+  def after_create_session(self, session, coord):
+    if self.is_chief:
+      # If a connection breaks, TensorFlow makes a session anew. A worker goes
+      # on with it, but a chief's begins with the values of the run's begin.
+      if self.words:
+        raise UserError('the connection to a parameter server was lost: start '
+                        'all tasks again.')
+      self.words = {'run': self._described}
+      return
+    # If no step is left, the chief will say so, or come back and repeat some.
+    while session.run(tf.train.get_global_step()) >= FLAGS.max_steps:
+      time.sleep(0.1)
 
 
 def _start_server(jobs, task, name):
@@ -417,37 +447,8 @@ class Table:
     return dict(zip(*session.run(self._items)))
 
 
-class StepHook(tf.train.SessionRunHook):
-  """Lets a task do steps of its own, when the cluster is ready."""
-
-  def __init__(self, cluster):
-    self._cluster = cluster
-
-  def apply_gradients(self, optimizer, gradients, global_step, recipe):
-    """Returns the operation of a step; see `cifar10.apply_gradients`."""
-    # The averages need not travel to a worker and back.
-    with tf.device(global_step.device):
-      return cifar10.apply_gradients(optimizer, gradients, global_step, recipe)
-
-  def begin(self):
-    while not self._cluster.check():
-      time.sleep(0.1)
-
-  def after_create_session(self, session, coord):
-    if self._cluster.is_chief:
-      # If a connection breaks, TensorFlow makes a session anew. A worker goes
-      # on with it, but a chief's begins with the values of the run's begin.
-      if self._cluster.words:
-        raise UserError('the connection to a parameter server was lost: start '
-                        'all tasks again.')
-      self._cluster.words = {'run': self._cluster.described}
-    elif not FLAGS.sync_replicas and (
-        session.run(tf.train.get_global_step()) >= FLAGS.max_steps):
-      coord.request_stop()
-
-
-class SyncHook(StepHook):
-  """Does each step together with all workers.
+class SyncCluster(Cluster):
+  """One task of a cluster, in which all workers do each step together.
 
   The chief draws a ticket for each step, a number that no other step has. For
   the ticket, each worker leaves its gradients in variables of its own, then the
@@ -459,8 +460,11 @@ class SyncHook(StepHook):
   _number = None  # The ticket of this step.
   _done = None    # The one before.
 
+  def _needed_workers(self):
+    return self._workers
+
   def apply_gradients(self, optimizer, gradients, global_step, recipe):
-    me, workers = self._cluster.worker, range(self._cluster.num_workers)
+    me, workers = self.worker, range(self.num_workers)
     everyones = [[(_place(worker, variable), variable)
                   for _, variable in gradients] for worker in workers]
     self._update = super().apply_gradients(
@@ -469,14 +473,17 @@ class SyncHook(StepHook):
     self._ticket = tf.placeholder(tf.int64, [])
     self._draw = self._table.put(-1, self._ticket)
     # Before the ticket is in the table, nobody updates.
-    self.step = global_step.read_value()
-    with tf.control_dependencies([self.step] + [
+    self._step = global_step.read_value()
+    with tf.control_dependencies([self._step] + [
         place.assign(gradient)
         for (place, _), (gradient, _) in zip(everyones[me], gradients)]):
       return self._table.put(me, self._ticket)
 
+  def steps_done(self, train_op, global_step):
+    return self._step + 1
+
   def before_run(self, run_context):
-    if self._cluster.is_chief:
+    if self.is_chief:
       self._number = time.time_ns()
       run_context.session.run(self._draw, {self._ticket: self._number})
     else:
@@ -488,10 +495,10 @@ class SyncHook(StepHook):
 
   def after_run(self, run_context, run_values):
     self._done = self._number
-    if self._cluster.is_chief:
+    if self.is_chief:
       for tickets in self._readings(run_context.session):
         if all(tickets.get(worker) == self._number
-               for worker in range(self._cluster.num_workers)):
+               for worker in range(self.num_workers)):
           break
       run_context.session.run(self._update)
 
@@ -503,7 +510,7 @@ class SyncHook(StepHook):
         closes, and the chief's saves.
     """
     start = time.monotonic()
-    while not self._cluster.signals:
+    while not self.signals:
       yield self._table.read(session)
       # Often enough to lose little, and no oftener: others compute meanwhile.
       time.sleep(min(0.2, max(0.005, 0.05 * (time.monotonic() - start))))

@@ -251,7 +251,7 @@ def test_two_machines_with_64_images_learn_as_one_with_128(constant_input):
   jobs, values = _jobs(), []
   with forgotten_flags():
     parse_flags(cifar10_multi_gpu_train, '--batch_size=64')
-    server, *tasks = (cifar10_multi_gpu_train.Cluster(jobs, job, 0)
+    server, *tasks = (cifar10_multi_gpu_train.SyncCluster(jobs, job, 0)
                       for job in ('ps', 'chief', 'worker'))
     threads = [threading.Thread(name=name, target=_do_a_step, args=(
         task, values)) for name, task in zip(('first', 'second'), tasks)]
@@ -268,13 +268,15 @@ def test_task_that_never_comes_is_named(monkeypatch, capsys):
   parse_flags(cifar10_multi_gpu_train)
   monkeypatch.setattr(cifar10_multi_gpu_train, 'TIMEOUT_SECS', 9)
   jobs = _jobs()
-  server, chief = (cifar10_multi_gpu_train.Cluster(jobs, job, 0)
+  server, chief = (cifar10_multi_gpu_train.SyncCluster(jobs, job, 0)
                    for job in ('ps', 'chief'))
   name = 'worker 0 at ' + jobs['worker'][0]
   for _ in range(9):
-    chief._silence['ps', 0] = 0
     chief._look_around()
+    chief._silence['ps', 0] = 0
+    chief._hear({0: {'time': time.time()}})
   assert capsys.readouterr().out == 'Waiting for %s.\n' % name
+  chief._hear({})
   with pytest.raises(
       UserError, match='%s has not answered for 9 seconds.' % name):
     chief._look_around()
