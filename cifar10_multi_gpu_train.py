@@ -18,7 +18,6 @@ import json
 import os
 import re
 import socket
-import threading
 import time
 
 import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
@@ -197,6 +196,7 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     jobs: dict from each job to the addresses of its tasks.
     job, index: which of the tasks this process is.
   """
+  is_sync = False
 
   def __init__(self, jobs, job, index):
     task, servers = (job, index), [('ps', i) for i in range(len(jobs['ps']))]
@@ -205,7 +205,7 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     self.names = {(name, i): f'{name} {i} at {address}' for name in jobs
                   for i, address in enumerate(jobs[name])}
     self._servers = [task] if job == 'ps' else servers
-    self._needed = self._needed_workers()
+    self._needed = self._workers if self.is_sync else self._workers[:1]
     # In seconds, of each task that this one cannot do without.
     self._silence = dict.fromkeys(self._servers + self._needed, 0)
     self._failures = {}   # Calls in a row to each server that once answered.
@@ -226,14 +226,9 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     # To fuse bfloat16 operations fails in a cluster.
     rewriting = self.config.graph_options.rewrite_options
     rewriting.remapping = rewriting.OFF
-    self._threads = [
-        threading.Thread(target=self._correspond, args=(server,), daemon=True)
-        for server in self._servers]
-    for thread in self._threads:
-      thread.start()
-
-  def _needed_workers(self):
-    return self._workers[:1]
+    self._pool = concurrent.futures.ThreadPoolExecutor(1 + len(self._servers))
+    self._letters = [self._pool.submit(self._correspond, server)
+                     for server in self._servers]
 
   # How the process goes on and ends: the main thread.
 
@@ -243,7 +238,7 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
       say(f'{self.names[self._servers[0]]} serves variables.')
       training = concurrent.futures.Future()  # It is never done.
     else:
-      training = concurrent.futures.ThreadPoolExecutor().submit(
+      training = self._pool.submit(
           cifar10_train.run_training, self.build_step,
           FLAGS.batch_size * FLAGS.num_gpus, self)
     try:
@@ -268,27 +263,20 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     patience = 14  # Looks, of a second each.
     while True:
       concurrent.futures.wait([training], timeout=1)
-      end = self._end()
+      chief = self.words if self.is_chief else self._texts.get(0, {})
+      end = chief.get('end')
+      if self.signals:
+        end = 128 + self.signals[0], f'stopped by {self.signals[0].name}.'
       if end:
         patience -= 1
-        if self.worker > 0 or not patience or not self._chief_may_save():
+        may_save = 'run' in chief and (
+            self._silence[self._workers[0]] < _MISSED_SECS)
+        # Workers have nothing to lose. The chief's last save needs the servers.
+        if self.worker > 0 or not may_save or not patience:
           return end
       if training.done():
         return training.result(), None
       self._look_around()
-
-  def _end(self):
-    """Returns how the run ends for this task, or None if it goes on."""
-    if self.signals:
-      return 128 + self.signals[0], f'stopped by {self.signals[0].name}.'
-    return self._chiefs_words().get('end')
-
-  def _chief_may_save(self):
-    return 'run' in self._chiefs_words() and (
-        self._silence[self._workers[0]] < _MISSED_SECS)
-
-  def _chiefs_words(self):
-    return self.words if self.is_chief else self._texts.get(0, {})
 
   def _look_around(self):
     """Raises a UserError if the run cannot go on."""
@@ -309,9 +297,7 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     self.words = {'end': None if code > 1 else [
         code, message and f'the chief: {message}']}
     # The servers of a run that has no step left may be starting still.
-    deadline = time.monotonic() + (4 if code else 30)
-    for thread in self._threads:
-      thread.join(max(0, deadline - time.monotonic()))
+    concurrent.futures.wait(self._letters, timeout=4 if code else 30)
 
   # What the tasks tell each other: a thread for each server.
 
@@ -383,7 +369,7 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     Raises:
       UserError: if the chief's flags are not those of this task.
     """
-    run = self._chiefs_words().get('run', {})
+    run = self._texts.get(0, {}).get('run', {})
     for name, value in run.items():
       own = self._described.get(name, value)  # Its data may not be there yet.
       if value != own:
@@ -398,17 +384,17 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
       time.sleep(0.1)
 
   def after_create_session(self, session, coord):
-    if self.is_chief:
-      # If a connection breaks, TensorFlow makes a session anew. A worker goes
-      # on with it, but a chief's begins with the values of the run's begin.
-      if self.words:
-        raise UserError('the connection to a parameter server was lost: start '
-                        'all tasks again.')
+    if not self.is_chief:
+      # If no step is left, the chief says so, or comes back and repeats some.
+      while session.run(tf.train.get_global_step()) >= FLAGS.max_steps:
+        time.sleep(0.1)
+    elif not self.words:
       self.words = {'run': self._described}
-      return
-    # If no step is left, the chief will say so, or come back and repeat some.
-    while session.run(tf.train.get_global_step()) >= FLAGS.max_steps:
-      time.sleep(0.1)
+    else:
+      # A connection broke, and TensorFlow has made a session anew. A worker
+      # goes on with it, but a chief's begins with the values of the first one.
+      raise UserError('the connection to a parameter server was lost: start '
+                      'all tasks again.')
 
 
 def _start_server(jobs, task, name):
@@ -457,11 +443,9 @@ class SyncCluster(Cluster):
   nothing that a killed task leaves behind can be taken for a part of another
   step, or hold one up.
   """
+  is_sync = True
   _number = None  # The ticket of this step.
   _done = None    # The one before.
-
-  def _needed_workers(self):
-    return self._workers
 
   def apply_gradients(self, optimizer, gradients, global_step, recipe):
     me, workers = self.worker, range(self.num_workers)

@@ -270,6 +270,8 @@ def test_task_that_never_comes_is_named(monkeypatch, capsys):
   jobs = _jobs()
   server, chief = (cifar10_multi_gpu_train.SyncCluster(jobs, job, 0)
                    for job in ('ps', 'chief'))
+  for task in (server, chief):
+    task.words = {'end': None}  # Their threads end.
   name = 'worker 0 at ' + jobs['worker'][0]
   for _ in range(9):
     chief._look_around()
@@ -280,8 +282,6 @@ def test_task_that_never_comes_is_named(monkeypatch, capsys):
   with pytest.raises(
       UserError, match='%s has not answered for 9 seconds.' % name):
     chief._look_around()
-  for task in (server, chief):
-    task.words = {'end': None}  # Its threads end.
 
 
 class Tasks:
