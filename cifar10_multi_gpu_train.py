@@ -196,7 +196,6 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     jobs: dict from each job to the addresses of its tasks.
     job, index: which of the tasks this process is.
   """
-  is_sync = False
 
   def __init__(self, jobs, job, index):
     task, servers = (job, index), [('ps', i) for i in range(len(jobs['ps']))]
@@ -205,13 +204,13 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     self.names = {(name, i): f'{name} {i} at {address}' for name in jobs
                   for i, address in enumerate(jobs[name])}
     self._servers = [task] if job == 'ps' else servers
-    self._needed = self._workers if self.is_sync else self._workers[:1]
+    self._needed = self._workers if FLAGS.sync_replicas else self._workers[:1]
     # In seconds, of each task that this one cannot do without.
     self._silence = dict.fromkeys(self._servers + self._needed, 0)
-    self._failures = {}   # Calls in a row to each server that once answered.
-    self._texts = {}      # What the workers say, by their numbers.
-    self.words = {}       # What this task says.
-    self._described = {}  # What its flags make of the run.
+    self._answered = set()  # Of the servers.
+    self._texts = {}        # What the workers say, by their numbers.
+    self.words = {}         # What this task says.
+    self._described = {}    # What its flags make of the run.
     self._device = '/job:%s/task:%d' % task
     self._server = _start_server(jobs, task, self.names[task])
     super().__init__(
@@ -252,7 +251,7 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
         code, message = 0, None
     if self.is_chief:
       self._tell_end(code, message)
-    if self.worker < 0:
+    elif self.worker < 0:
       time.sleep(3)  # The workers read how the run ended.
     if message:
       cifar10_train.fail(code, message)
@@ -262,7 +261,8 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     """Looks around until this task is to end: how, is a code and a line."""
     patience = 14  # Looks, of a second each.
     while True:
-      concurrent.futures.wait([training], timeout=1)
+      concurrent.futures.wait(
+          [training, *self._letters], 1, concurrent.futures.FIRST_COMPLETED)
       chief = self.words if self.is_chief else self._texts.get(0, {})
       end = chief.get('end')
       if self.signals:
@@ -276,20 +276,12 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
           return end
       if training.done():
         return training.result(), None
-      self._look_around()
-
-  def _look_around(self):
-    """Raises a UserError if the run cannot go on."""
-    self.check()
-    for server in self._servers:
-      self._miss(server)
-    for task, secs in self._silence.items():
-      if secs > TIMEOUT_SECS:
-        raise UserError(f'{self.names[task]} has not answered for '
-                        f'{TIMEOUT_SECS} seconds.')
-      if self._failures.get(task, 0) > 2:
-        raise UserError(f'{self.names[task]} is gone, and the variables with '
-                        'it: start all tasks again.')
+      for each in self._letters:
+        if each.done():
+          each.result()  # It raises what went wrong.
+      self.check()
+      for server in self._servers:
+        self._miss(server)
 
   def _tell_end(self, code, message):
     """Tells the others how the chief's run ended."""
@@ -311,6 +303,7 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
       table = Table('texts', tf.string, server)
       text = tf.placeholder(tf.string, [])
       write = table.put(self.worker, text)
+      failures = 0  # In a row.
       while True:
         words = self.words
         try:
@@ -320,14 +313,17 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
         except tf.errors.DeadlineExceededError:
           continue  # It may be stopped, and go on.
         except tf.errors.OpError:
-          if server in self._failures:
-            self._failures[server] += 1
+          failures += 1
+          if failures > 2 and server in self._answered:
+            raise UserError(f'{self.names[server]} is gone, and the variables '
+                            'with it: start all tasks again.')
         else:
-          self._silence[server] = self._failures[server] = 0
+          failures = self._silence[server] = 0
+          self._answered.add(server)
           if server == self._servers[0]:
             self._hear({i: json.loads(text) for i, text in texts.items()})
-        if 'end' in words and server in self._failures:
-          return
+          if 'end' in words:
+            return
         time.sleep(1)
 
   def _hear(self, texts):
@@ -339,11 +335,14 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     self._texts = texts
 
   def _miss(self, task):
-    # Seconds are counted, not read from a clock, which goes on when this
-    # process is stopped.
+    """Counts a second of silence, and raises a UserError if it was the last."""
+    # A clock would go on when this process is stopped.
     self._silence[task] += 1
     if self._silence[task] == _MISSED_SECS:
       say(f'Waiting for {self.names[task]}.')
+    if self._silence[task] > TIMEOUT_SECS:
+      raise UserError(f'{self.names[task]} has not answered for '
+                      f'{TIMEOUT_SECS} seconds.')
 
   # How this task trains: a thread of its own.
 
@@ -376,7 +375,7 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
         raise UserError(f'{name} is {own} here, but {value} at '
                         f'{self.names[self._workers[0]]}: start all tasks '
                         'with the same flags.')
-    return len(self._failures) == len(self._servers) and (
+    return len(self._answered) == len(self._servers) and (
         self.is_chief or bool(run))
 
   def begin(self):
@@ -443,7 +442,6 @@ class SyncCluster(Cluster):
   nothing that a killed task leaves behind can be taken for a part of another
   step, or hold one up.
   """
-  is_sync = True
   _number = None  # The ticket of this step.
   _done = None    # The one before.
 
