@@ -259,7 +259,7 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
 
   def _watch(self, training):
     """Looks around until this task is to end: how, is a code and a line."""
-    patience = 14  # Looks, of a second each.
+    patience = 13  # Looks, of a second each.
     while True:
       concurrent.futures.wait(
           [training, *self._letters], 1, concurrent.futures.FIRST_COMPLETED)
@@ -442,24 +442,22 @@ class SyncCluster(Cluster):
   nothing that a killed task leaves behind can be taken for a part of another
   step, or hold one up.
   """
-  _number = None  # The ticket of this step.
-  _done = None    # The one before.
 
   def apply_gradients(self, optimizer, gradients, global_step, recipe):
-    me, workers = self.worker, range(self.num_workers)
     everyones = [[(_place(worker, variable), variable)
-                  for _, variable in gradients] for worker in workers]
+                  for _, variable in gradients]
+                 for worker in range(self.num_workers)]
     self._update = super().apply_gradients(
         optimizer, average_gradients(everyones), global_step, recipe)
     self._table = Table('tickets', tf.int64)
     self._ticket = tf.placeholder(tf.int64, [])
     self._draw = self._table.put(-1, self._ticket)
-    # Before the ticket is in the table, nobody updates.
+    # Until the ticket is in the table, nobody updates.
     self._step = global_step.read_value()
     with tf.control_dependencies([self._step] + [
-        place.assign(gradient)
-        for (place, _), (gradient, _) in zip(everyones[me], gradients)]):
-      return self._table.put(me, self._ticket)
+        place.assign(gradient) for (place, _), (gradient, _) in zip(
+            everyones[self.worker], gradients)]):
+      return self._table.put(self.worker, self._ticket)
 
   def steps_done(self, train_op, global_step):
     return self._step + 1
@@ -470,19 +468,19 @@ class SyncCluster(Cluster):
       run_context.session.run(self._draw, {self._ticket: self._number})
     else:
       for tickets in self._readings(run_context.session):
-        if tickets.get(-1, self._done) != self._done:
+        if -1 in tickets:
           break
       self._number = tickets[-1]
     return tf.train.SessionRunArgs(None, {self._ticket: self._number})
 
   def after_run(self, run_context, run_values):
-    self._done = self._number
-    if self.is_chief:
-      for tickets in self._readings(run_context.session):
-        if all(tickets.get(worker) == self._number
-               for worker in range(self.num_workers)):
-          break
-      run_context.session.run(self._update)
+    for tickets in self._readings(run_context.session):
+      if not self.is_chief and tickets.get(-1) != self._number:
+        return  # There is a next step. After the last one, the chief ends all.
+      if self.is_chief and all(tickets.get(worker) == self._number
+                               for worker in range(self.num_workers)):
+        run_context.session.run(self._update)
+        return
 
   def _readings(self, session):
     """Yields what is in the table, again and again.

@@ -257,8 +257,9 @@ def test_two_machines_with_64_images_learn_as_one_with_128(constant_input):
         task, values)) for name, task in zip(('first', 'second'), tasks)]
     for thread in threads:
       thread.start()
-    for thread in threads:
-      thread.join(60)
+    threads[0].join(60)
+    tasks[1].signals.append(signal.SIGTERM)  # It waits for the chief's end.
+    threads[1].join(60)
   for task in (server, *tasks):
     task.words = {'end': None}  # Its threads end.
   _assert_learned(*values)
