@@ -189,8 +189,8 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
   checkpoint how it ended. A ps writes to itself only, and reads there.
 
   Training, and the texts of each server, have threads of their own, which may
-  hang. The main thread never does: it looks around each second, and it alone
-  ends the process.
+  hang, and raise what goes wrong. The main thread never hangs: it looks around
+  each second, and it alone ends the process.
 
   Args:
     jobs: dict from each job to the addresses of its tasks.
@@ -327,6 +327,7 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
         time.sleep(1)
 
   def _hear(self, texts):
+    """Takes in what the first server has: who writes there is not silent."""
     for i, task in enumerate(self._needed):
       if texts.get(i) == self._texts.get(i):
         self._miss(task)

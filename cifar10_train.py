@@ -108,7 +108,7 @@ def training_recipe(dataset, examples_per_step):
 # The training of a network on any number of devices.
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False)  # A task may be a hook, a key of dicts.
 class Task:
   """What this process is in a training; by default, all of it."""
   worker: int = 0         # Index among all workers; the chief has 0. It alone
