@@ -13,14 +13,11 @@ they share the CPU: that saves no time, but everything can be tried out.
 Started on several machines, each with its place in a `TF_CONFIG`, the script is
 a TensorFlow cluster; README.md has an example.
 """
+import concurrent.futures
 import json
-import math
 import os
 import re
-import select
-import signal
 import socket
-import threading
 import time
 
 import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
@@ -40,7 +37,8 @@ def train():
   if jobs:
     check_cluster(jobs, *task)
     cifar10_input.speaker = '%s %d: ' % tuple(task)
-    Cluster(jobs, *task).run()
+    cluster = SyncCluster if FLAGS.sync_replicas else Cluster
+    return cluster(jobs, *task).run()
   return cifar10_train.run_training(
       build_step, FLAGS.batch_size * FLAGS.num_gpus)
 
@@ -178,17 +176,21 @@ def check_cluster(jobs, job, index):
         f'only {len(jobs[job])} of {job}.')
 
 
-class Cluster(cifar10_train.Task):
-  """One task of a cluster, and what it knows of the others.
+class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
+  """One task of a cluster, in which each worker does steps of its own.
 
   Parameter servers (ps) hold the variables. The chief and the workers compute,
   each on batches of its own; the chief also initializes, saves and summarizes.
   The workers' graphs differ in the names of devices only.
 
-  No operation waits for another task. Instead, each task that computes leaves
-  a text on every parameter server, a new one each second, and reads those of
-  the others: who writes is alive. The chief's text says what run this is, and
-  after the last checkpoint how it ended.
+  No operation waits for another task. Instead, each task leaves a text on every
+  parameter server, a new one each second, and reads those of the others: who
+  writes is alive. The chief's text says what run this is, and after the last
+  checkpoint how it ended. A ps writes to itself only, and reads there.
+
+  Training, and the texts of each server, have threads of their own, which may
+  hang, and raise what goes wrong. The main thread never hangs: it looks around
+  each second, and it alone ends the process.
 
   Args:
     jobs: dict from each job to the addresses of its tasks.
@@ -197,96 +199,99 @@ class Cluster(cifar10_train.Task):
 
   def __init__(self, jobs, job, index):
     task, servers = (job, index), [('ps', i) for i in range(len(jobs['ps']))]
-    self.workers = [(name, i) for name in ('chief', 'master', 'worker')
-                    for i in range(len(jobs.get(name, [])))]
+    self._workers = [(name, i) for name in ('chief', 'master', 'worker')
+                     for i in range(len(jobs.get(name, [])))]
     self.names = {(name, i): f'{name} {i} at {address}' for name in jobs
                   for i, address in enumerate(jobs[name])}
-    # A ps writes nothing, but reads what the others write to it.
     self._servers = [task] if job == 'ps' else servers
-    self._needed = self._servers + self.workers[:1]
-    if task == self.workers[0]:
-      self._needed = servers + FLAGS.sync_replicas * self.workers[1:]
-    self._silence = dict.fromkeys(self.names, 0)  # Seconds of each task.
-    self._failures = {}  # Calls in a row to each server that once answered.
-    self._texts = {}     # Those of the workers, by their numbers.
-    self.words = {}      # What this task's text says.
-    self.signal = 0      # The one that came.
-    self._leaving = threading.Event()
+    self._needed = self._workers if FLAGS.sync_replicas else self._workers[:1]
+    # In seconds, of each task that this one cannot do without.
+    self._silence = dict.fromkeys(self._servers + self._needed, 0)
+    self._answered = set()  # Of the servers.
+    self._texts = {}        # What the workers say, by their numbers.
+    self.words = {}         # What this task says.
+    self._described = {}    # What its flags make of the run.
     self._device = '/job:%s/task:%d' % task
-    self.hook = StepHook(self)
     self._server = _start_server(jobs, task, self.names[task])
     super().__init__(
         # A ps is no worker, and so not the chief.
-        worker=-1 if job == 'ps' else self.workers.index(task),
-        num_workers=len(self.workers) if FLAGS.sync_replicas else 1,
+        worker=-1 if job == 'ps' else self._workers.index(task),
+        num_workers=len(self._needed),
         target=self._server.target,
         device=tf.train.replica_device_setter(
             worker_device=self._device, cluster=jobs),
-        hooks=(self.hook,),
+        hooks=(self,),
         config=tf.ConfigProto(device_filters=['/job:ps', self._device]))
     # To fuse bfloat16 operations fails in a cluster.
     rewriting = self.config.graph_options.rewrite_options
     rewriting.remapping = rewriting.OFF
-    self._threads = [
-        threading.Thread(target=self._correspond, args=(server,), daemon=True)
-        for server in self._servers]
-    for thread in self._threads:
-      thread.start()
+    self._pool = concurrent.futures.ThreadPoolExecutor(1 + len(self._servers))
+    self._letters = [self._pool.submit(self._correspond, server)
+                     for server in self._servers]
+
+  # How the process goes on and ends: the main thread.
 
   def run(self):
-    """Does what this task is there for, and ends the process."""
-    self._signals, wakeup = os.pipe()
-    os.set_blocking(wakeup, False)
-    signal.set_wakeup_fd(wakeup)
+    """Does what this task is there for. Returns the exit code."""
     if self.worker < 0:
       say(f'{self.names[self._servers[0]]} serves variables.')
-      with cifar10_train.handling_signals(lambda signum: None):
-        self._watch()  # The pipe tells of signals.
-    threading.Thread(target=self._watch, daemon=True).start()
-    code, message = 1, None
+      training = concurrent.futures.Future()  # It is never done.
+    else:
+      training = self._pool.submit(
+          cifar10_train.run_training, self.build_step,
+          FLAGS.batch_size * FLAGS.num_gpus, self)
     try:
-      code = cifar10_train.run_training(
-          self.build_step, FLAGS.batch_size * FLAGS.num_gpus, self)
+      with cifar10_train.handling_signals(self.signals.append):
+        code, message = self._watch(training)
     except (UserError, OSError, tf.errors.OpError) as error:
-      message = what_went_wrong(error)
-    self._leave(code, message)
+      code, message = 1, what_went_wrong(error)
+      if self.worker > 0 and max(
+          cifar10_train.checkpoints(FLAGS.train_dir), default=0
+      ) >= FLAGS.max_steps:  # It was stopped while the others ended.
+        code, message = 0, None
+    if self.is_chief:
+      self._tell_end(code, message)
+    elif self.worker < 0:
+      time.sleep(3)  # The workers read how the run ended.
+    if message:
+      cifar10_train.fail(code, message)
+    return code
 
-  def build_step(self, dataset, recipe, global_step):
-    """Builds one step of this task; see `cifar10_train.build_step`."""
-    names = [*cifar10_train.shaping_flags(), 'num_gpus', 'sync_replicas']
-    self.described = {
-        **{'--' + name: FLAGS[name].value for name in names},
-        # A folder may be elsewhere on another machine.
-        '--dataset': os.path.basename(dataset.name),
-        'classes': ', '.join(dataset.classes)}
-    return build_step(dataset, recipe, global_step, self.hook.apply_gradients)
+  def _watch(self, training):
+    """Looks around until this task is to end: how, is a code and a line."""
+    patience = 13  # Looks, of a second each.
+    while True:
+      concurrent.futures.wait(
+          [training, *self._letters], 1, concurrent.futures.FIRST_COMPLETED)
+      chief = self.words if self.is_chief else self._texts.get(0, {})
+      end = chief.get('end')
+      if self.signals:
+        end = 128 + self.signals[0], f'stopped by {self.signals[0].name}.'
+      if end:
+        patience -= 1
+        may_save = 'run' in chief and (
+            self._silence[self._workers[0]] < _MISSED_SECS)
+        # Workers have nothing to lose. The chief's last save needs the servers.
+        if self.worker > 0 or not may_save or not patience:
+          return end
+      if training.done():
+        return training.result(), None
+      for each in self._letters:
+        if each.done():
+          each.result()  # It raises what went wrong.
+      self.check()
+      for server in self._servers:
+        self._miss(server)
 
-  def steps_done(self, train_op, global_step):
-    if FLAGS.sync_replicas:  # Variables are updated after the operation.
-      return self.hook.ticket % _MAX_STEPS + 1
-    return super().steps_done(train_op, global_step)
+  def _tell_end(self, code, message):
+    """Tells the others how the chief's run ended."""
+    # After a signal it did not: a chief that was stopped is started again.
+    self.words = {'end': None if code > 1 else [
+        code, message and f'the chief: {message}']}
+    # The servers of a run that has no step left may be starting still.
+    concurrent.futures.wait(self._letters, timeout=4 if code else 30)
 
-  def check(self):
-    """Returns whether this task can compute now.
-
-    Raises:
-      OutOfRangeError: if the chief or a signal has ended the run. As at the end
-        of an input, a `MonitoredSession` closes, and saves, in good order.
-      UserError: if the chief's flags are not those of this task.
-    """
-    words = self._chiefs_words()
-    if self.signal or 'end' in words:
-      raise tf.errors.OutOfRangeError(None, None, 'the run has ended.')
-    for name, value in words.get('run', {}).items():
-      if value != self.described[name]:
-        raise UserError(f'{name} is {self.described[name]} here, but {value} '
-                        f'at {self.names[self.workers[0]]}: start all tasks '
-                        'with the same flags.')
-    return len(self._failures) == len(self._servers) and (
-        self.is_chief or 'run' in words)
-
-  def _chiefs_words(self):
-    return {} if self.is_chief else json.loads(self._texts.get(0, '{}'))
+  # What the tasks tell each other: a thread for each server.
 
   def _correspond(self, server):
     """Writes to a parameter server and reads, in a thread: it may hang."""
@@ -298,87 +303,98 @@ class Cluster(cifar10_train.Task):
       table = Table('texts', tf.string, server)
       text = tf.placeholder(tf.string, [])
       write = table.put(self.worker, text)
+      failures = 0  # In a row.
       while True:
-        last = self._leaving.is_set()
-        words = {**self.words} if last else {**self.words, 'time': time.time()}
+        words = self.words
         try:
-          if self.worker >= 0:
-            session.run(write, {text: json.dumps(words)})
+          session.run(
+              write, {text: json.dumps({**words, 'time': time.time()})})
           texts = table.read(session)
         except tf.errors.DeadlineExceededError:
           continue  # It may be stopped, and go on.
         except tf.errors.OpError:
-          if server in self._failures:
-            self._failures[server] += 1
-          time.sleep(1)
+          failures += 1
+          if failures > 2 and server in self._answered:
+            raise UserError(f'{self.names[server]} is gone, and the variables '
+                            'with it: start all tasks again.')
         else:
-          self._silence[server] = self._failures[server] = 0
+          failures = self._silence[server] = 0
+          self._answered.add(server)
           if server == self._servers[0]:
-            for i, task in enumerate(self.workers):
-              if texts.get(i) != self._texts.get(i):
-                self._silence[task] = 0
-            self._texts = texts
-        if last and server in self._failures:
-          return
-        self._leaving.wait(1)
+            self._hear({i: json.loads(text) for i, text in texts.items()})
+          if 'end' in words:
+            return
+        time.sleep(1)
 
-  def _watch(self):
-    """Looks around each second, in a thread that nothing can hold up."""
-    deadline = math.inf
-    while True:
-      if select.select([self._signals], [], [], 1)[0]:
-        self.signal = os.read(self._signals, 1)[0]
-        deadline = time.monotonic() + 15
-      if time.monotonic() > deadline:
-        cifar10_train.fail(128 + self.signal, 'stopped by a signal.')
-      self._look_around()
+  def _hear(self, texts):
+    """Takes in what the first server has: who writes there is not silent."""
+    for i, task in enumerate(self._needed):
+      if texts.get(i) == self._texts.get(i):
+        self._miss(task)
+      else:
+        self._silence[task] = 0
+    self._texts = texts
 
-  def _look_around(self):
-    # Counted, not read from a clock, which goes on when this process is
-    # stopped. Of the workers nobody hears while the first server is silent.
-    heard = self._silence[self._servers[0]] < 3
-    for task in self._silence:
-      self._silence[task] += heard or task in self._servers
-    for task in self._needed:
-      if self._silence[task] == _MISSED_SECS:
-        say(f'Waiting for {self.names[task]}.')
-      if self._silence[task] > TIMEOUT_SECS:
-        self._leave(1, f'{self.names[task]} has not answered for '
-                    f'{TIMEOUT_SECS} seconds.')
-      if self._failures.get(task, 0) > 2:
-        self._leave(1, f'{self.names[task]} is gone, and the variables with '
-                    'it: start all tasks again.')
-    if self.worker < 0 and not self._is_needed():
-      self._leave(1, 'stopped by a signal.')
+  def _miss(self, task):
+    """Counts a second of silence, and raises a UserError if it was the last."""
+    # A clock would go on when this process is stopped.
+    self._silence[task] += 1
+    if self._silence[task] == _MISSED_SECS:
+      say(f'Waiting for {self.names[task]}.')
+    if self._silence[task] > TIMEOUT_SECS:
+      raise UserError(f'{self.names[task]} has not answered for '
+                      f'{TIMEOUT_SECS} seconds.')
 
-  def _is_needed(self):
-    """Whether the run goes on, or a task still ends it on this server."""
-    return not (self.signal or 'end' in self._chiefs_words()) or any(
-        'time' in json.loads(self._texts.get(i, '{}'))
-        and self._silence[task] < _MISSED_SECS
-        for i, task in enumerate(self.workers))
+  # How this task trains: a thread of its own.
 
-  def _leave(self, code, message):
-    """Says goodbye, and ends the process."""
-    if code == 1 and self.signal:
-      code = 128 + self.signal
-    elif code == 1 and 'end' in self._chiefs_words():
-      code, message = self._chiefs_words()['end']
-    elif code == 1 and self.worker > 0 and max(
-        cifar10_train.checkpoints(FLAGS.train_dir), default=0
-    ) >= FLAGS.max_steps:  # It was stopped while the others ended.
-      code, message = 0, None
-    # A chief that is stopped is started again.
-    self.words = {'end': [code, message and f'the chief: {message}']} if (
-        self.is_chief and code in (0, 1)) else {}
-    self._leaving.set()
-    # The servers of a run that has no step left may be starting still.
-    deadline = time.monotonic() + (30 if self.is_chief and code == 0 else 5)
-    for thread in self._threads:
-      thread.join(max(0, deadline - time.monotonic()))
-    if message:
-      cifar10_train.fail(code, message)
-    os._exit(code)
+  def build_step(self, dataset, recipe, global_step):
+    """Builds one step of this task; see `cifar10_train.build_step`."""
+    names = [*cifar10_train.shaping_flags(), 'num_gpus', 'sync_replicas']
+    self._described = {
+        **{'--' + name: FLAGS[name].value for name in names},
+        # A folder may be elsewhere on another machine.
+        '--dataset': os.path.basename(dataset.name),
+        'classes': ', '.join(dataset.classes)}
+    return build_step(dataset, recipe, global_step, self.apply_gradients)
+
+  def apply_gradients(self, optimizer, gradients, global_step, recipe):
+    """As `cifar10.apply_gradients`."""
+    # The averages need not travel to a worker and back.
+    with tf.device(global_step.device):
+      return cifar10.apply_gradients(optimizer, gradients, global_step, recipe)
+
+  def check(self):
+    """Returns whether this task can compute now.
+
+    Raises:
+      UserError: if the chief's flags are not those of this task.
+    """
+    run = self._texts.get(0, {}).get('run', {})
+    for name, value in run.items():
+      own = self._described.get(name, value)  # Its data may not be there yet.
+      if value != own:
+        raise UserError(f'{name} is {own} here, but {value} at '
+                        f'{self.names[self._workers[0]]}: start all tasks '
+                        'with the same flags.')
+    return len(self._answered) == len(self._servers) and (
+        self.is_chief or bool(run))
+
+  def begin(self):
+    while not self.check():
+      time.sleep(0.1)
+
+  def after_create_session(self, session, coord):
+    if not self.is_chief:
+      # If no step is left, the chief says so, or comes back and repeats some.
+      while session.run(tf.train.get_global_step()) >= FLAGS.max_steps:
+        time.sleep(0.1)
+    elif not self.words:
+      self.words = {'run': self._described}
+    else:
+      # A connection broke, and TensorFlow has made a session anew. A worker
+      # goes on with it, but a chief's begins with the values of the first one.
+      raise UserError('the connection to a parameter server was lost: start '
+                      'all tasks again.')
 
 
 def _start_server(jobs, task, name):
@@ -417,99 +433,69 @@ class Table:
     return dict(zip(*session.run(self._items)))
 
 
-_MAX_STEPS = 2 ** 40  # More than anybody does.
+class SyncCluster(Cluster):
+  """One task of a cluster, in which all workers do each step together.
 
-
-class StepHook(tf.train.SessionRunHook):
-  """Does each step together with all workers, if they are synchronous.
-
-  The chief draws a ticket for each step, and for each start of its own others.
-  For a ticket, each worker leaves its gradients in variables of its own, then
-  the ticket in a table. When the chief finds it there from all, it updates the
-  network by their average, and draws the next ticket. Who waits reads the table
-  again and again. So nothing that a killed task leaves behind can be taken for
-  a part of another step, or hold one up.
+  The chief draws a ticket for each step, a number that no other step has. For
+  the ticket, each worker leaves its gradients in variables of its own, then the
+  ticket in a table. When the chief finds it there from all, it updates the
+  network by their average. Who waits reads the table again and again. So
+  nothing that a killed task leaves behind can be taken for a part of another
+  step, or hold one up.
   """
 
-  def __init__(self, cluster):
-    self._cluster = cluster
-    self._number = None  # Of this worker's ticket.
-    self._has_begun = False
-
   def apply_gradients(self, optimizer, gradients, global_step, recipe):
-    """As `cifar10.apply_gradients`; together with the other workers."""
-    workers = range(self._cluster.num_workers)
-    # The averages need not travel to a worker and back.
-    with tf.device(global_step.device):
-      if FLAGS.sync_replicas:
-        everyones = [[(_place(worker, variable), variable)
-                      for _, variable in gradients] for worker in workers]
-        own, gradients = gradients, average_gradients(everyones)
-      update = cifar10.apply_gradients(
-          optimizer, gradients, global_step, recipe)
-    if not FLAGS.sync_replicas:
-      return update
-    self.ticket = tf.placeholder(tf.int64, [])
+    everyones = [[(_place(worker, variable), variable)
+                  for _, variable in gradients]
+                 for worker in range(self.num_workers)]
+    self._update = super().apply_gradients(
+        optimizer, average_gradients(everyones), global_step, recipe)
     self._table = Table('tickets', tf.int64)
-    self._draw = self._table.put(-1, self.ticket)
-    with tf.control_dependencies([update]):
-      self._update = self._table.put(-1, self.ticket)
-    me = self._cluster.worker
-    with tf.control_dependencies([place.assign(gradient) for (
-        place, _), (gradient, _) in zip(everyones[me], own)]):
-      return self._table.put(me, self.ticket)
+    self._ticket = tf.placeholder(tf.int64, [])
+    self._draw = self._table.put(-1, self._ticket)
+    # Until the ticket is in the table, nobody updates.
+    self._step = global_step.read_value()
+    with tf.control_dependencies([self._step] + [
+        place.assign(gradient) for (place, _), (gradient, _) in zip(
+            everyones[self.worker], gradients)]):
+      return self._table.put(self.worker, self._ticket)
 
-  def begin(self):
-    while not self._cluster.check():
-      time.sleep(0.1)
-
-  def after_create_session(self, session, coord):
-    # A connection broke, and TensorFlow has made a session anew. A worker goes
-    # on with it, but a chief's begins with the values that the run began with.
-    if self._has_begun and self._cluster.is_chief:
-      raise UserError('the connection to a parameter server was lost: start '
-                      'all tasks again.')
-    self._has_begun = True
-    step = session.run(tf.train.get_global_step())
-    if self._cluster.is_chief:
-      if FLAGS.sync_replicas:
-        self._number = int(time.time()) % 2 ** 22 * _MAX_STEPS + step
-        session.run(self._draw, {self.ticket: self._number})
-      self._cluster.words = {'run': self._cluster.described}
-    elif FLAGS.sync_replicas:
-      self._end_step(session)
-    elif step >= FLAGS.max_steps:
-      coord.request_stop()
+  def steps_done(self, train_op, global_step):
+    return self._step + 1
 
   def before_run(self, run_context):
-    self._cluster.check()
-    if FLAGS.sync_replicas:
-      return tf.train.SessionRunArgs(None, {self.ticket: self._number})
+    if self.is_chief:
+      self._number = time.time_ns()
+      run_context.session.run(self._draw, {self._ticket: self._number})
+    else:
+      for tickets in self._readings(run_context.session):
+        if -1 in tickets:
+          break
+      self._number = tickets[-1]
+    return tf.train.SessionRunArgs(None, {self._ticket: self._number})
 
   def after_run(self, run_context, run_values):
-    if FLAGS.sync_replicas:
-      self._end_step(run_context.session)
-
-  def _end_step(self, session):
-    """Waits: the chief for all gradients of a step, a worker for the next."""
-    start, workers = time.monotonic(), range(self._cluster.num_workers)
-    while True:
-      self._cluster.check()
-      try:
-        tickets = self._table.read(session)
-      except (tf.errors.AbortedError, tf.errors.UnavailableError):
-        tickets = {}  # If the server is gone, the cluster's watch says so.
-      if self._cluster.is_chief:
-        if all(tickets.get(i) == self._number for i in workers):
-          self._number += 1
-          session.run(self._update, {self.ticket: self._number})
-          return
-      elif tickets.get(-1, self._number) != self._number and (
-          tickets[-1] % _MAX_STEPS < FLAGS.max_steps):
-        self._number = tickets[-1]
+    for tickets in self._readings(run_context.session):
+      if not self.is_chief and tickets.get(-1) != self._number:
+        return  # There is a next step. After the last one, the chief ends all.
+      if self.is_chief and all(tickets.get(worker) == self._number
+                               for worker in range(self.num_workers)):
+        run_context.session.run(self._update)
         return
+
+  def _readings(self, session):
+    """Yields what is in the table, again and again.
+
+    Raises:
+      OutOfRangeError: at a signal. As at the end of an input, the session
+        closes, and the chief's saves.
+    """
+    start = time.monotonic()
+    while not self.signals:
+      yield self._table.read(session)
       # Often enough to lose little, and no oftener: others compute meanwhile.
       time.sleep(min(0.2, max(0.005, 0.05 * (time.monotonic() - start))))
+    raise tf.errors.OutOfRangeError(None, None, 'a signal has ended the run.')
 
 
 def _place(worker, variable):

@@ -108,7 +108,7 @@ def training_recipe(dataset, examples_per_step):
 # The training of a network on any number of devices.
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)  # A task may be a hook, a key of dicts.
 class Task:
   """What this process is in a training; by default, all of it."""
   worker: int = 0         # Index among all workers; the chief has 0. It alone
@@ -118,6 +118,7 @@ class Task:
   device: object = None   # Where operations go, for `tf.device`.
   hooks: tuple = ()       # Hooks that the session must have.
   config: tf.ConfigProto = dataclasses.field(default_factory=tf.ConfigProto)
+  signals: list = dataclasses.field(default_factory=list)  # Those that came.
 
   @property
   def is_chief(self):
@@ -183,7 +184,7 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
     write_run(dataset)
     _show_run(step_of(checkpoint) if checkpoint else 0)
   logger = LoggerHook(loss, steps_done, examples_per_step)
-  signals, start_time = [], time.monotonic()  # The signals that came.
+  signals, start_time = task.signals, time.monotonic()
   try:
     with contextlib.ExitStack() as until_saved:
       with _session(scaffold, task, logger) as session:

@@ -245,23 +245,23 @@ def _do_a_step(task, values):
       session.run(train_op)
       if task.is_chief:
         session.run_step_fn(read)
-        task.words = {'end': [0, None]}
 
 
 def test_two_machines_with_64_images_learn_as_one_with_128(constant_input):
   jobs, values = _jobs(), []
   with forgotten_flags():
     parse_flags(cifar10_multi_gpu_train, '--batch_size=64')
-    server, *tasks = (cifar10_multi_gpu_train.Cluster(jobs, job, 0)
+    server, *tasks = (cifar10_multi_gpu_train.SyncCluster(jobs, job, 0)
                       for job in ('ps', 'chief', 'worker'))
     threads = [threading.Thread(name=name, target=_do_a_step, args=(
         task, values)) for name, task in zip(('first', 'second'), tasks)]
     for thread in threads:
       thread.start()
-    for thread in threads:
-      thread.join(60)
+    threads[0].join(60)
+    tasks[1].signals.append(signal.SIGTERM)  # It waits for the chief's end.
+    threads[1].join(60)
   for task in (server, *tasks):
-    task._leaving.set()  # Its threads end.
+    task.words = {'end': None}  # Its threads end.
   _assert_learned(*values)
 
 
@@ -269,20 +269,17 @@ def test_task_that_never_comes_is_named(monkeypatch, capsys):
   parse_flags(cifar10_multi_gpu_train)
   monkeypatch.setattr(cifar10_multi_gpu_train, 'TIMEOUT_SECS', 9)
   jobs = _jobs()
-  server, chief = (cifar10_multi_gpu_train.Cluster(jobs, job, 0)
+  server, chief = (cifar10_multi_gpu_train.SyncCluster(jobs, job, 0)
                    for job in ('ps', 'chief'))
-  ends = []
-  monkeypatch.setattr(chief, '_leave', lambda *end: ends.append(end))
-  name = 'worker 0 at ' + jobs['worker'][0]
-  for _ in range(9):
-    assert not ends
-    chief._silence['ps', 0] = 0
-    chief._look_around()
-  assert capsys.readouterr().out == 'Waiting for %s.\n' % name
-  chief._look_around()
-  assert ends == [(1, '%s has not answered for 9 seconds.' % name)]
   for task in (server, chief):
-    task._leaving.set()  # Its threads end.
+    task.words = {'end': None}  # Their threads end.
+  name = 'worker 0 at ' + jobs['worker'][0]
+  for i in range(9):
+    chief._hear({0: {'time': i}})
+  assert capsys.readouterr().out == 'Waiting for %s.\n' % name
+  with pytest.raises(
+      UserError, match='%s has not answered for 9 seconds.' % name):
+    chief._hear({0: {'time': 9}})
 
 
 class Tasks:
