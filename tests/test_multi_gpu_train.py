@@ -301,7 +301,7 @@ class Tasks:
   def end(self, task, signum):
     """Ends a task by a signal. Returns its code."""
     self.processes[task].send_signal(signum)
-    return self.processes[task].wait(30)
+    return self.processes[task].wait(60)
 
   def reach(self, step, task='chief 0'):
     for _ in range(600):
@@ -326,7 +326,7 @@ class Tasks:
     assert line.startswith(start)  # TensorFlow may complain, too, before.
     return line.removeprefix(start)
 
-  def codes(self, secs=60):
+  def codes(self, secs=120):
     """Returns the exit codes of all tasks, in the order in which they end."""
     codes, deadline = {}, time.time() + secs
     while len(codes) < len(self.processes) and time.time() < deadline:

@@ -223,12 +223,12 @@ def draw(rows, path):
   import matplotlib
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
-  firsts = {name: row['runs']['1'] for name, row in rows.items()
-            if '1' in row['runs']}
+  shown = {name: run for name, row in rows.items()
+           for run in row['runs'].values() if run['curve']}
   plain = read(os.path.join(RESULTS, 'plain_curve.json'))
-  plain['ms'] = train_speed.median(firsts.values(), 'plain_ms')
+  plain['ms'] = train_speed.median(shown.values(), 'plain_ms')
   figure, axes = plt.subplots(figsize=(8, 4))
-  for name, run in {'plain': plain, **firsts}.items():
+  for name, run in {'plain': plain, **shown}.items():
     steps, precisions = zip(*run['curve'])
     axes.plot([step * run['ms'] / 6e4 for step in steps], precisions,
               marker='o', markersize=3, label=name)
