@@ -820,15 +820,15 @@ class Distortions(typing.NamedTuple):
                          # its channel's mean.
 
 
-def draw_distortions(batch_size, image_size=None):
+def draw_distortions(batch_size, image_size=None, crop_margin=0):
   """Draws the `Distortions` of a training batch, anew for each image."""
   def uniform(low, high, dtype=tf.float32):
     return tf.random_uniform([batch_size], low, high, dtype)
 
-  image_size = image_size or IMAGE_SIZE
+  room = HEIGHT - (image_size or IMAGE_SIZE) + crop_margin
   return Distortions(
-      top=uniform(0, HEIGHT - image_size + 1, tf.int32),
-      left=uniform(0, WIDTH - image_size + 1, tf.int32),
+      top=uniform(-crop_margin, room + 1, tf.int32),
+      left=uniform(-crop_margin, room + 1, tf.int32),
       flip=uniform(0, 1) < 0.5,
       brightness=uniform(-63, 63),
       contrast=uniform(0.2, 1.8))
@@ -876,6 +876,9 @@ def _crop_and_flip(planes, distortions, image_size):
   rows = distortions.top[:, tf.newaxis] + steps
   columns = distortions.left[:, tf.newaxis] + tf.where_v2(
       distortions.flip[:, tf.newaxis], steps[::-1], steps)
+  # Beyond its edges, a picture goes on with the last pixels that it has.
+  rows, columns = (tf.clip_by_value(pixels, 0, last) for pixels, last in (
+      (rows, HEIGHT - 1), (columns, WIDTH - 1)))
   # Whole rows are gathered. Columns, single pixels, are not: a product with a
   # matrix of zeros and ones selects them just as exactly, and faster.
   values = tf.cast(tf.gather(planes, rows, axis=2, batch_dims=1), tf.float32)
@@ -922,7 +925,7 @@ def crop_views(planes, views=CENTRAL_VIEW, image_size=None):
 
 
 def distorted_inputs(
-    data_dir, batch_size, dataset=None, image_size=None,
+    data_dir, batch_size, dataset=None, image_size=None, crop_margin=0,
     min_fraction_of_examples_in_queue=MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
     deterministic=False):
   """Builds the input of training: batches drawn at random, without end.
@@ -932,6 +935,7 @@ def distorted_inputs(
     batch_size: images a batch.
     dataset: the `Dataset`; by default see `described_dataset`.
     image_size: pixels of each side to leave; by default IMAGE_SIZE.
+    crop_margin: how many pixels a crop may reach beyond the picture's edges.
     min_fraction_of_examples_in_queue: how much of an epoch stays in the shuffle
       queue.
     deterministic: whether a graph with a seed gives the same batches each time.
@@ -957,8 +961,8 @@ def distorted_inputs(
     tf.summary.scalar('shuffle_queue_fullness', queue.size() / capacity)
     _fill(queue, paths, dataset, shuffle=True)
     planes, labels = parse_records(queue.dequeue_many(batch_size), dataset)
-    images = distort(
-        planes, draw_distortions(batch_size, image_size), image_size)
+    distortions = draw_distortions(batch_size, image_size, crop_margin)
+    images = distort(planes, distortions, image_size)
     batches = tf.FIFOQueue(
         _BATCHES_AHEAD, [images.dtype, labels.dtype],
         [images.shape, labels.shape], name='batches')

@@ -67,6 +67,7 @@ def distorted_inputs(dataset, batch_size):
   """Builds the input of training; see `cifar10.distorted_inputs`."""
   return cifar10.distorted_inputs(
       dataset, batch_size, image_size=FLAGS.image_size,
+      crop_margin=FLAGS.crop_margin,
       min_fraction_of_examples_in_queue=FLAGS.min_fraction_of_examples_in_queue,
       deterministic=FLAGS.deterministic)
 
@@ -241,7 +242,7 @@ def _session(scaffold, task, logger):
   """Starts a session that also logs, summarizes and saves."""
   task.config.allow_soft_placement = True
   task.config.log_device_placement = FLAGS.log_device_placement
-  hooks = [tf.train.StopAtStepHook(last_step=FLAGS.max_steps), logger]
+  hooks = [logger]
   if task.is_chief:  # After the logger, which may refuse the step.
     hooks.append(tf.train.CheckpointSaverHook(
         FLAGS.train_dir, FLAGS.save_checkpoint_secs, scaffold=scaffold))
@@ -281,7 +282,8 @@ _ESTIMATE_SECS = 300  # From one estimate of the time that is left to the next.
 class LoggerHook(tf.train.SessionRunHook):
   """Prints loss and speed every --log_frequency steps, and the time left.
 
-  It refuses a loss that is not finite.
+  It refuses a loss that is not finite, and ends the training. (TensorFlow's
+  StopAtStepHook reads the step before the step: other tasks raise it meanwhile.)
 
   Args:
     loss: scalar float32.
@@ -309,6 +311,8 @@ class LoggerHook(tf.train.SessionRunHook):
     step = self.step - 1  # People count from 0.
     if not math.isfinite(loss_value):
       raise _not_finite(f'the loss at step {step}')
+    if self.step >= FLAGS.max_steps:
+      run_context.request_stop()
     if step < self._next_line:
       return
     now = time.monotonic()
@@ -719,6 +723,8 @@ def _define_recipe_flags():
   flags.DEFINE_enum(
       'learning_rate_schedule', 'staircase', ['staircase', 'linear', 'cosine'],
       'How it falls: tenfold every 350 epochs, or to zero at --max_steps.')
+  flags.DEFINE(count_parser(0, 16), 'crop_margin', 0, 'Pixels by which random '
+               'crops may leave a picture, whose edge goes on there.')
   _define_float('momentum', 0.0, "Nesterov's, of the gradients.", 1.0)
   flags.DEFINE_enum('optimizer', 'descent', ['descent', 'muon'], 'What turns '
                     'gradients into updates: Muon makes them even.')

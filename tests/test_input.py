@@ -59,11 +59,12 @@ def _pictures(kind, count):
 
 def _distort_one_by_one(pictures, distortions):
   """Distorts with the operations that TensorFlow has for single images."""
+  pictures = np.pad(pictures, [(0, 0), (2, 2), (2, 2), (0, 0)], 'edge')
   picture, top, left, flip, brightness, contrast = inputs = [
       tf.placeholder(tf.as_dtype(values.dtype), values.shape[1:])
       for values in (pictures,) + tuple(distortions)]
-  image = tf.cast(
-      picture[top:top + IMAGE_SIZE, left:left + IMAGE_SIZE], tf.float32)
+  image = tf.cast(picture[top + 2:top + 2 + IMAGE_SIZE,
+                          left + 2:left + 2 + IMAGE_SIZE], tf.float32)
   image = tf.cond(flip, lambda: tf.image.flip_left_right(image), lambda: image)
   image = tf.image.adjust_brightness(image, brightness)
   image = tf.image.adjust_contrast(image, contrast)
@@ -79,7 +80,9 @@ def _distort_one_by_one(pictures, distortions):
     ('dim', 2e-4), ('one colour', 1e-4), ('one grey', 1e-2), ('black', 1e-2)])
 def test_distortions_equal_those_of_tf_image(kind, tolerance):
   random = np.random.default_rng(2)
-  top, left, flip = np.indices([9, 9, 2]).reshape(3, -1)  # All there are.
+  # All there are, and those that reach up to two pixels beyond an edge.
+  top, left, flip = np.indices([13, 13, 2]).reshape(3, -1)
+  top, left = top - 2, left - 2
   brightness = random.uniform(-63, 63, len(top))
   contrast = random.uniform(0.2, 1.8, len(top))
   brightness[:4], contrast[:4] = [-63, -63, 63, 63], [0.2, 1.8, 0.2, 1.8]
@@ -116,13 +119,15 @@ def test_ten_views_are_crops_around_the_centre_and_their_mirror_images(
   np.testing.assert_allclose(central, expected[:1], atol=1e-4)
 
 
-@pytest.mark.parametrize('size, room', [(24, 9), (30, 3), (32, 1)])
+@pytest.mark.parametrize('size, margin, places', [
+    (24, 0, 9), (30, 0, 3), (32, 0, 1), (32, 4, 9), (28, 2, 9)])
 def test_distortions_are_drawn_evenly_and_do_not_depend_on_each_other(
-    size, room):
+    size, margin, places):
   with tf.Session() as session:
-    draws = session.run(cifar10_input.draw_distortions(20000, size))
+    draws = session.run(cifar10_input.draw_distortions(20000, size, margin))
+  corner = -margin, places - margin, places
   for name, low, high, shares in (
-      ('top', 0, room, room), ('left', 0, room, room), ('flip', 0, 2, 2),
+      ('top', *corner), ('left', *corner), ('flip', 0, 2, 2),
       ('brightness', -63, 63, 10), ('contrast', 0.2, 1.8, 10)):
     values = getattr(draws, name).astype(float)
     assert values.min() >= low and values.max() <= high
