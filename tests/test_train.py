@@ -182,7 +182,7 @@ def test_recipe_and_run_file_say_what_the_command_line_does_not(
   variables = dict(tf.train.list_variables(
       str(tmp_path / 'run' / 'model.ckpt-2')))
   assert 'local3/weights/Momentum' in variables
-  assert variables['local3/weights'] == [7 * 7 * 64, 384]  # Of 28 pixels.
+  assert variables['local3/weights'] == [8 * 8 * 64, 384]  # Of 32 pixels.
 
 
 @pytest.mark.parametrize('text', [
@@ -463,7 +463,7 @@ OF_TRAINING = {
     'save_checkpoint_secs': 600, 'save_summary_steps': 100, 'seed': None,
     'recipe': 'original', 'learning_rate': 0.1, 'weight_decay': 0.004,
     'learning_rate_schedule': 'staircase', 'momentum': 0.0,
-    'optimizer': 'descent', 'label_smoothing': 0.0,
+    'optimizer': 'descent', 'label_smoothing': 0.0, 'crop_margin': 0,
     'moving_average_decay': 0.9999, 'min_fraction_of_examples_in_queue': 0.4,
     'deterministic': False}
 OF_TOWERS = {'num_gpus': 1, 'sync_replicas': True}
