@@ -258,7 +258,7 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     return code
 
   def _watch(self, training):
-    """Looks around until this task is to end: how, is a code and a line."""
+    """Looks around each second. Returns exit code and last line at the end."""
     patience = 13  # Looks, of a second each.
     while True:
       concurrent.futures.wait(
