@@ -821,14 +821,14 @@ class Distortions(typing.NamedTuple):
 
 
 def draw_distortions(batch_size, image_size=None, crop_margin=0):
-  """Draws the `Distortions` of a training batch, anew for each image."""
+  """Draws the `Distortions` of a training batch; see `distorted_inputs`."""
   def uniform(low, high, dtype=tf.float32):
     return tf.random_uniform([batch_size], low, high, dtype)
 
-  room = HEIGHT - (image_size or IMAGE_SIZE) + crop_margin
+  last = HEIGHT - (image_size or IMAGE_SIZE) + crop_margin
   return Distortions(
-      top=uniform(-crop_margin, room + 1, tf.int32),
-      left=uniform(-crop_margin, room + 1, tf.int32),
+      top=uniform(-crop_margin, last + 1, tf.int32),
+      left=uniform(-crop_margin, last + 1, tf.int32),
       flip=uniform(0, 1) < 0.5,
       brightness=uniform(-63, 63),
       contrast=uniform(0.2, 1.8))

@@ -17,8 +17,10 @@ import concurrent.futures
 import json
 import os
 import re
+import signal
 import socket
 import time
+import traceback
 
 import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
 import tensorflow.compat.v1 as tf
@@ -131,9 +133,8 @@ def average_gradients(tower_grads):
   for grads_and_vars in zip(*tower_grads):
     gradients = [gradient for gradient, _ in grads_and_vars]
     _, variable = grads_and_vars[0]  # The towers share it.
-    with tf.device(variable.device):
-      gradient = _average(gradients, variable.op.name + '/gradient')
-    average_grads.append((gradient, variable))
+    average_grads.append((
+        _average(gradients, variable.op.name + '/gradient'), variable))
   return average_grads
 
 
@@ -158,7 +159,7 @@ def check_cluster(jobs, job, index):
   for name, tasks in jobs.items():
     check(name in ('chief', 'master', 'worker', 'ps'), 'a job in its cluster '
           f'that is none of chief, master, worker, ps, evaluator: {name}.')
-    # TensorFlow makes a list of a dict from numbers that has no gaps.
+    # A dict such as {"0": ADDRESS} is a list by now, unless numbers are missing.
     check(isinstance(tasks, list) or not tasks,
           f'gaps in the numbers of {name}: {sorted(tasks)}.')
     for address in tasks:
@@ -174,6 +175,10 @@ def check_cluster(jobs, job, index):
         f'{", ".join(jobs)}.')
   check(0 <= index < len(jobs[job]), f'the task index {index}, but its cluster '
         f'only {len(jobs[job])} of {job}.')
+
+
+class ServerLost(UserError):
+  """A parameter server that once answered is gone."""
 
 
 class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
@@ -208,9 +213,12 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     # In seconds, of each task that this one cannot do without.
     self._silence = dict.fromkeys(self._servers + self._needed, 0)
     self._answered = set()  # Of the servers.
-    self._texts = {}        # What the workers say, by their numbers.
+    self._first_texts = None  # Those that were there before: of a dead task?
+    self._texts = {}        # Those of live tasks, by the workers' numbers.
     self.words = {}         # What this task says.
-    self._described = {}    # What its flags make of the run.
+    self._described = {}    # What this task takes the run for.
+    self._counts = ', '.join(
+        f'{len(jobs[name])} {name}' for name in sorted(jobs))
     self._device = '/job:%s/task:%d' % task
     self._server = _start_server(jobs, task, self.names[task])
     super().__init__(
@@ -243,12 +251,19 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     try:
       with cifar10_train.handling_signals(self.signals.append):
         code, message = self._watch(training)
-    except (UserError, OSError, tf.errors.OpError) as error:
-      code, message = 1, what_went_wrong(error)
+    except ServerLost as error:
+      code, message = 1, str(error)
       if self.worker > 0 and max(
           cifar10_train.checkpoints(FLAGS.train_dir), default=0
       ) >= FLAGS.max_steps:  # It was stopped while the others ended.
         code, message = 0, None
+    except Exception as error:  # Whatever it is, the other tasks must end, too.
+      if not isinstance(error, (UserError, OSError, tf.errors.OpError)):
+        traceback.print_exc()
+      code, message = 1, what_went_wrong(error)
+      if self.is_chief:  # If it still trains, it saves what it has.
+        self.signals.append(signal.SIGTERM)
+        concurrent.futures.wait([training], 10)
     if self.is_chief:
       self._tell_end(code, message)
     elif self.worker < 0:
@@ -259,7 +274,8 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
 
   def _watch(self, training):
     """Looks around each second. Returns exit code and last line at the end."""
-    patience = 13  # Looks, of a second each.
+    # Looks, of a second each: with what follows them, 20 seconds at most.
+    patience = 13
     while True:
       concurrent.futures.wait(
           [training, *self._letters], 1, concurrent.futures.FIRST_COMPLETED)
@@ -288,8 +304,8 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     # After a signal it did not: a chief that was stopped is started again.
     self.words = {'end': None if code > 1 else [
         code, message and f'the chief: {message}']}
-    # The servers of a run that has no step left may be starting still.
-    concurrent.futures.wait(self._letters, timeout=4 if code else 30)
+    # After a start in vain, the servers may be starting still.
+    concurrent.futures.wait(self._letters, timeout=4 if code > 1 else 30)
 
   # What the tasks tell each other: a thread for each server.
 
@@ -298,8 +314,8 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     config = tf.ConfigProto(
         device_filters=['/job:%s/task:%d' % server, self._device],
         operation_timeout_in_ms=5000)
-    with tf.Graph().as_default(), tf.Session(
-        self.target, config=config) as session:
+    with tf.Graph().as_default():
+      session = tf.Session(self.target, config=config)  # To close it may hang.
       table = Table('texts', tf.string, server)
       text = tf.placeholder(tf.string, [])
       write = table.put(self.worker, text)
@@ -311,12 +327,12 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
               write, {text: json.dumps({**words, 'time': time.time()})})
           texts = table.read(session)
         except tf.errors.DeadlineExceededError:
-          continue  # It may be stopped, and go on.
+          continue  # It may be stopped, and go on. Five seconds have passed.
         except tf.errors.OpError:
           failures += 1
           if failures > 2 and server in self._answered:
-            raise UserError(f'{self.names[server]} is gone, and the variables '
-                            'with it: start all tasks again.')
+            raise ServerLost(f'{self.names[server]} is gone, and the variables '
+                             'with it: start all tasks again.')
         else:
           failures = self._silence[server] = 0
           self._answered.add(server)
@@ -328,6 +344,10 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
 
   def _hear(self, texts):
     """Takes in what the first server has: who writes there is not silent."""
+    if self._first_texts is None:
+      self._first_texts = texts
+    texts = {i: text for i, text in texts.items()
+             if 'run' not in text or text != self._first_texts.get(i)}
     for i, task in enumerate(self._needed):
       if texts.get(i) == self._texts.get(i):
         self._miss(task)
@@ -354,7 +374,8 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
         **{'--' + name: FLAGS[name].value for name in names},
         # A folder may be elsewhere on another machine.
         '--dataset': os.path.basename(dataset.name),
-        'classes': ', '.join(dataset.classes)}
+        'classes': ', '.join(dataset.classes),
+        'the cluster in TF_CONFIG': self._counts}
     return build_step(dataset, recipe, global_step, self.apply_gradients)
 
   def apply_gradients(self, optimizer, gradients, global_step, recipe):
@@ -445,23 +466,28 @@ class SyncCluster(Cluster):
   """
 
   def apply_gradients(self, optimizer, gradients, global_step, recipe):
-    everyones = [[(_place(worker, variable), variable)
-                  for _, variable in gradients]
-                 for worker in range(self.num_workers)]
+    averages, own = [], []
+    for gradient, variable in gradients:
+      with tf.device(variable.device):
+        places = [_place(i, variable) for i in range(self.num_workers)]
+        averages += average_gradients([[(place, variable)] for place in places])
+      own.append(places[self.worker].assign(gradient))
     self._update = super().apply_gradients(
-        optimizer, average_gradients(everyones), global_step, recipe)
+        optimizer, averages, global_step, recipe)
     self._table = Table('tickets', tf.int64)
     self._ticket = tf.placeholder(tf.int64, [])
     self._draw = self._table.put(-1, self._ticket)
     # Until the ticket is in the table, nobody updates.
     self._step = global_step.read_value()
-    with tf.control_dependencies([self._step] + [
-        place.assign(gradient) for (place, _), (gradient, _) in zip(
-            everyones[self.worker], gradients)]):
+    with tf.control_dependencies([self._step, *own]):
       return self._table.put(self.worker, self._ticket)
 
   def steps_done(self, train_op, global_step):
     return self._step + 1
+
+  def is_last(self, steps_done):
+    # A chief that is started again may repeat steps, and then needs the others.
+    return self.is_chief and super().is_last(steps_done)
 
   def before_run(self, run_context):
     if self.is_chief:
@@ -469,7 +495,7 @@ class SyncCluster(Cluster):
       run_context.session.run(self._draw, {self._ticket: self._number})
     else:
       for tickets in self._readings(run_context.session):
-        if -1 in tickets:
+        if -1 in tickets and tickets[-1] != tickets.get(self.worker):
           break
       self._number = tickets[-1]
     return tf.train.SessionRunArgs(None, {self._ticket: self._number})
@@ -477,7 +503,7 @@ class SyncCluster(Cluster):
   def after_run(self, run_context, run_values):
     for tickets in self._readings(run_context.session):
       if not self.is_chief and tickets.get(-1) != self._number:
-        return  # There is a next step. After the last one, the chief ends all.
+        return  # There is a next step. After the last, the chief ends all.
       if self.is_chief and all(tickets.get(worker) == self._number
                                for worker in range(self.num_workers)):
         run_context.session.run(self._update)
@@ -500,11 +526,10 @@ class SyncCluster(Cluster):
 
 def _place(worker, variable):
   """Returns a variable for a worker's gradients of a variable."""
-  with tf.device(variable.device):
-    return tf.get_variable(
-        f'{variable.op.name}/gradient_{worker}', variable.shape,
-        initializer=tf.zeros_initializer(), trainable=False,
-        collections=['gradients'])  # These are nothing to save.
+  return tf.get_variable(
+      f'{variable.op.name}/gradient_{worker}', variable.shape,
+      initializer=tf.zeros_initializer(), trainable=False,
+      collections=['gradients'])  # These are nothing to save.
 
 
 def define_flags():

@@ -109,7 +109,7 @@ def training_recipe(dataset, examples_per_step):
 # The training of a network on any number of devices.
 
 
-@dataclasses.dataclass(eq=False)  # A task may be a hook, a key of dicts.
+@dataclasses.dataclass(eq=False)  # TensorFlow takes hooks for keys of a dict.
 class Task:
   """What this process is in a training; by default, all of it."""
   worker: int = 0         # Index among all workers; the chief has 0. It alone
@@ -130,6 +130,10 @@ class Task:
     with tf.name_scope('train/'), tf.control_dependencies([train_op]):
       return tf.identity(global_step.read_value(), name='steps_done')
 
+  def is_last(self, steps_done):
+    """Returns whether this task ends after a step."""
+    return steps_done >= FLAGS.max_steps
+
 
 def run_training(build, examples, task=None):
   """Trains until --max_steps, or until something else ends it.
@@ -140,7 +144,7 @@ def run_training(build, examples, task=None):
     task: the `Task` of this process.
 
   Returns:
-    The exit code: 0, or 128 and the number of the signal.
+    The exit code: 0, or 128 plus the number of the signal.
   """
   task = task or Task()
   if run_folder(FLAGS.train_dir) != FLAGS.train_dir:
@@ -184,7 +188,7 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
     _tidy_train_dir()
     write_run(dataset)
     _show_run(step_of(checkpoint) if checkpoint else 0)
-  logger = LoggerHook(loss, steps_done, examples_per_step)
+  logger = LoggerHook(loss, steps_done, examples_per_step, task)
   signals, start_time = task.signals, time.monotonic()
   try:
     with contextlib.ExitStack() as until_saved:
@@ -232,7 +236,6 @@ def _scaffold(checkpoint):
 
   def restore(scaffold, session):
     restorer.restore(session, checkpoint)
-    # The last one: other tasks of a cluster wait until all are initialized.
     global_step.load(step, session)
 
   return tf.train.Scaffold(init_op=tf.no_op(), init_fn=restore, saver=saver)
@@ -282,17 +285,20 @@ _ESTIMATE_SECS = 300  # From one estimate of the time that is left to the next.
 class LoggerHook(tf.train.SessionRunHook):
   """Prints loss and speed every --log_frequency steps, and the time left.
 
-  It refuses a loss that is not finite, and ends the training. (TensorFlow's
-  StopAtStepHook reads the step before the step: other tasks raise it meanwhile.)
+  It ends the training after the last step, and refuses a loss that is not
+  finite. (TensorFlow's StopAtStepHook adds one to the number before the step,
+  which other tasks may have raised meanwhile.)
 
   Args:
     loss: scalar float32.
     steps_done: scalar int64, the global step after the step.
     examples_per_step: int.
+    task: the `Task`.
   """
 
-  def __init__(self, loss, steps_done, examples_per_step):
+  def __init__(self, loss, steps_done, examples_per_step, task):
     self._fetches = [loss, steps_done]
+    self._task = task
     self._examples_per_step = examples_per_step
 
   def after_create_session(self, session, coord):
@@ -311,7 +317,7 @@ class LoggerHook(tf.train.SessionRunHook):
     step = self.step - 1  # People count from 0.
     if not math.isfinite(loss_value):
       raise _not_finite(f'the loss at step {step}')
-    if self.step >= FLAGS.max_steps:
+    if self._task.is_last(self.step):
       run_context.request_stop()
     if step < self._next_line:
       return
@@ -817,7 +823,8 @@ def fail(code, message):
 
 def _leave(code):
   if os.environ.get('TF_CONFIG'):  # A server would keep Python from its exit.
-    sys.stdout.flush()
+    if sys.stdout:  # It may be closed.
+      sys.stdout.flush()
     os._exit(code or 0)
   sys.exit(code)
 

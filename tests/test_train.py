@@ -112,7 +112,8 @@ def test_speed_is_the_mean_over_the_steps_since_the_last_line(
   step = tf.assign_add(global_step, 1)
   with tf.control_dependencies([global_step.initializer]):
     initial = tf.assign(global_step, start)
-  hook = cifar10_train.LoggerHook(tf.constant(1.5), step, 16)
+  hook = cifar10_train.LoggerHook(
+      tf.constant(1.5), step, 16, cifar10_train.Task())
   with tf.train.MonitoredSession(
       tf.train.ChiefSessionCreator(tf.train.Scaffold(init_op=initial)),
       [hook]) as session:
