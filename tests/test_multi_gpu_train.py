@@ -385,27 +385,58 @@ def test_asynchronous_cluster_needs_its_servers_and_stops_all_at_once(
   assert newest_step(tmp_path) == cluster.steps('chief 0')[-1] + 1
 
 
-_IMPATIENT = """
+_CHANGED = """
 import sys
 sys.path.insert(0, %r)
 import cifar10_train
 import cifar10_multi_gpu_train as script
-script.TIMEOUT_SECS = 3
+%s
 cifar10_train.run_script(script.main, script.define_flags)
 """
 
 
+def _changed_script(folder, change):
+  """Writes a script that differs from ours, and returns its path."""
+  path = folder / 'cifar10_multi_gpu_train.py'
+  path.write_text(_CHANGED % (str(ROOT), change))
+  return str(path)
+
+
 def test_server_that_listens_but_does_not_answer_is_named(
     start_script, synthetic_dir, tmp_path):
-  path = tmp_path / 'cifar10_multi_gpu_train.py'
-  path.write_text(_IMPATIENT % str(ROOT))
+  path = _changed_script(tmp_path, 'script.TIMEOUT_SECS = 3')
   cluster = Tasks(start_script, tmp_path / 'run', _jobs(workers=0),
                   '--data_dir=%s' % synthetic_dir, '--nosync_replicas')
   host, port = cluster.jobs['ps'][0].split(':')
   with socket.socket() as mute:
     mute.bind((host, int(port)))
     mute.listen()
-    cluster.start('chief 0', script=str(path))
+    cluster.start('chief 0', script=path)
     assert cluster.codes() == {'chief 0': 1}
   assert cluster.last_error('chief 0') == (
       'ps 0 at %s:%s has not answered for 3 seconds.' % (host, port))
+
+
+def test_fault_of_our_own_ends_all_tasks(start_script, synthetic_dir, tmp_path):
+  path = _changed_script(
+      tmp_path, 'cifar10_train.LoggerHook._tell_time_left = None')
+  cluster = Tasks(start_script, tmp_path / 'run', _jobs(workers=0),
+                  '--data_dir=%s' % synthetic_dir)
+  cluster.start('ps 0')
+  cluster.start('chief 0', script=path)
+  assert cluster.codes() == {'chief 0': 1, 'ps 0': 1}
+  assert 'Traceback' in cluster.processes['chief 0'].stderr_path.read_text()
+  for task, start in ('chief 0', ''), ('ps 0', 'the chief: '):
+    assert cluster.last_error(task) == start + "'NoneType' object is not callable"
+
+
+def test_of_a_synchronous_cluster_only_the_chief_ends_by_the_step():
+  parse_flags(cifar10_multi_gpu_train, '--max_steps=5')
+  jobs = _jobs()
+  _, chief, worker = tasks = [
+      cifar10_multi_gpu_train.SyncCluster(jobs, job, 0)
+      for job in ('ps', 'chief', 'worker')]
+  assert [chief.is_last(4), chief.is_last(5)] == [False, True]
+  assert not worker.is_last(5)  # A new chief may repeat the step.
+  for task in tasks:
+    task.words = {'end': None}  # Its threads end.
