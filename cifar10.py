@@ -399,7 +399,7 @@ def learning_rate(global_step, recipe):
 
 
 def make_optimizer(rate, recipe):
-  """Returns gradient descent at a learning rate, perhaps with momentum."""
+  """Returns a recipe's optimizer, with `rate` for its learning rate."""
   if recipe.optimizer == 'muon':
     return MuonOptimizer(rate, recipe.momentum, use_nesterov=True)
   if recipe.momentum:
@@ -432,6 +432,8 @@ class MuonOptimizer(tf.train.MomentumOptimizer):
 def _centred(weights):
   """Takes from the weights of each output their mean."""
   inputs = list(range(weights.shape.rank - 1))
+  if len(inputs) == 2:  # Of a locally connected layer: places come first.
+    inputs = [1]
   return weights - tf.reduce_mean(weights, inputs, keepdims=True)
 
 
@@ -445,20 +447,13 @@ def apply_gradients(optimizer, gradients, global_step, recipe):
     recipe: the `Recipe`.
   """
   apply_gradient_op = optimizer.apply_gradients(gradients, global_step)
-  # The averages have to see the new values, so they wait for them.
-  with tf.control_dependencies([apply_gradient_op]):
-    return variable_averages(global_step, recipe).apply(
-        tf.trainable_variables())
-
-
-def variable_averages(global_step, recipe):
-  """Returns the moving averages of the variables, which evaluation uses.
-
-  Single steps jump around the best values; their average is nearer.
-  Given the step, TensorFlow lets the first averages move faster.
-  """
-  return tf.train.ExponentialMovingAverage(
+  # Single steps jump around the best values. Their averages are nearer, and are
+  # what evaluation uses. Given the step, the first ones move faster.
+  averages = tf.train.ExponentialMovingAverage(
       recipe.moving_average_decay, global_step)
+  # They have to see the new values, so they wait for them.
+  with tf.control_dependencies([apply_gradient_op]):
+    return averages.apply(tf.trainable_variables())
 
 
 # What TensorBoard shows. TensorFlow's own functions make tags from scopes

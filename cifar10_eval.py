@@ -13,7 +13,6 @@ import csv
 from datetime import datetime
 import heapq
 import io
-import itertools
 import math
 import operator
 import os
@@ -70,7 +69,7 @@ def _checkpoints():
         FLAGS.run_once or is_one or max(steps, default=0) >= last_step)
     if steps != listed and (is_complete or time.monotonic() >= next_time):
       listed = steps
-      checkpoint = (_latest_checkpoint() if is_complete
+      checkpoint = (_required_checkpoint() if is_complete
                     else cifar10_train.latest_checkpoint(folder))
       if checkpoint not in (None, evaluated):
         evaluated = checkpoint
@@ -82,7 +81,7 @@ def _checkpoints():
       time.sleep(1)
 
 
-def _latest_checkpoint():
+def _required_checkpoint():
   checkpoint = cifar10_train.latest_checkpoint(FLAGS.checkpoint_dir)
   if checkpoint is None:
     raise UserError(f'no whole checkpoint in --checkpoint_dir='
@@ -142,10 +141,9 @@ class Evaluation:
 def _adopt_classes():
   """Takes the network's flags from the run, and returns its classes."""
   run = cifar10_train.adopt_run(FLAGS.checkpoint_dir, ('model', 'image_size'))
-  if 'classes' in run:
+  if run:
     return run['classes']
-  # Without them, as in older folders, the data set tells.
-  cifar10_train.adopt_run(FLAGS.checkpoint_dir, ('dataset', 'data_dir'))
+  # Without run.json, as in folders of the original, the data set tells.
   if FLAGS.dataset in cifar10_input.DATASETS:
     return cifar10_input.DATASETS[FLAGS.dataset].classes
   return cifar10_train.prepare_dataset().classes
@@ -186,7 +184,6 @@ def eval_once(checkpoint, evaluation):
   folder = cifar10.data_folder(dataset)
   cifar10_input.check_files(dataset, folder, files)
   cifar10_train.check_checkpoint(checkpoint, evaluation.variables)
-  step = cifar10_train.step_of(checkpoint)
   num_examples = min(FLAGS.num_examples, sum(files.values()))
   outcome = Outcome(len(dataset.classes), num_examples)
   try:
@@ -203,20 +200,25 @@ def eval_once(checkpoint, evaluation):
         progress.show(outcome.total)
   finally:  # A file that has changed meanwhile explains any other error.
     cifar10_input.check_files(dataset, folder, files)
+  step = cifar10_train.step_of(checkpoint)
   say(f'{datetime.now()}: precision @ 1 = {outcome.precision:.3f}')
   say(f'{outcome.correct}/{outcome.total} correct at step {step}')
   outcome.print_classes(dataset.classes)
   if FLAGS.predictions_csv:
     outcome.write_csv(FLAGS.predictions_csv, files, dataset.classes)
   summary = tf.Summary.FromString(summary)
+  _add_outcome(summary, outcome, dataset.classes)
+  evaluation.write_event(step=step, summary=summary)
+
+
+def _add_outcome(summary, outcome, classes):
+  """Adds an outcome to a `tf.Summary`, two numbers and two pictures."""
   # Training has these tags, too, so that each is one chart.
   summary.value.add(tag='Precision @ 1', simple_value=outcome.precision)
   summary.value.add(tag='cross_entropy', simple_value=outcome.cross_entropy)
-  _add_image(summary, 'confusion',
-             _draw_confusion(outcome.confusion, dataset.classes))
+  _add_image(summary, 'confusion', _draw_confusion(outcome.confusion, classes))
   _add_image(summary, 'surest_mistakes',
-             _draw_mistakes(outcome.mistakes, dataset.classes))
-  evaluation.write_event(step=step, summary=summary)
+             _draw_mistakes(outcome.mistakes, classes))
 
 
 class Progress:
@@ -226,7 +228,7 @@ class Progress:
 
   def __init__(self, num_examples):
     self._bar = None
-    if sys.stdout.isatty():
+    if cifar10_input.is_watched():
       self._bar = tf.keras.utils.Progbar(num_examples, unit_name='example')
     self._num_examples, self._last_line = num_examples, time.monotonic()
 
@@ -372,10 +374,10 @@ def predict(paths):
 
   The paths are those of picture files, or of folders with such files.
   """
-  files = [*itertools.chain(*map(cifar10_input.files_at, paths))]
+  files = [file for path in paths for file in cifar10_input.files_at(path)]
   if not files:
     raise UserError(f'--predict={paths[0]} has no files.')
-  checkpoint, classes = _latest_checkpoint(), _adopt_classes()
+  checkpoint, classes = _required_checkpoint(), _adopt_classes()
   exit_code = 0
   with tf.Graph().as_default(), tf.Session() as session:
     planes = tf.placeholder(tf.uint8, [1, 3, 32, 32])
@@ -403,7 +405,7 @@ def export(folder):
   `probabilities`, float32 [batch, classes], `classes`, int64 [batch], and their
   names, `labels`, strings [batch]. TensorFlow Lite converts the first one.
   """
-  checkpoint, classes = _latest_checkpoint(), _adopt_classes()
+  checkpoint, classes = _required_checkpoint(), _adopt_classes()
   if tf.io.gfile.exists(folder):
     raise UserError(f'--export_dir={folder} exists already: name a new one.')
   with tf.Graph().as_default(), tf.Session() as session:
@@ -422,8 +424,8 @@ def export(folder):
     try:
       builder.add_meta_graph_and_variables(session, ['serve'], signatures)
       builder.save()
-    except tf.errors.OpError:
-      tf.io.gfile.rmtree(folder)  # Half a model would be in the way next time.
+    except BaseException:  # Ctrl-C, too: half a model would be in the way.
+      tf.io.gfile.rmtree(folder)
       raise
   say(f'Exported {checkpoint} to {folder}.')
 
@@ -453,7 +455,7 @@ def _restore(session, checkpoint):
 def define_flags():
   """Defines the flags of evaluation."""
   cifar10_train.define_data_flags()
-  folder = cifar10_train.FolderParser()
+  folder = cifar10_train.PathParser()
   flags.DEFINE(folder, 'checkpoint_dir', '/tmp/cifar10_train',
                'Where the checkpoints are, or one of them.')
   flags.DEFINE(folder, 'eval_dir', None, 'Where event files are written, if '

@@ -55,8 +55,9 @@ import PIL.ImageOps
 # TF_CPP_MIN_LOG_LEVEL=0, as is which GPUs it found.
 try:
   _stderr = os.dup(2)
-except OSError:  # It is closed, and stays quiet.
-  _stderr = os.open(os.devnull, os.O_WRONLY)
+except OSError:  # It is closed: no file of ours may get its number.
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+  _stderr = os.dup(2)
 if os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2') >= '2':
   os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 try:
@@ -107,111 +108,7 @@ _BATCHES_AHEAD = 4
 _DOWNLOAD_TIMEOUT_SECS = 60
 
 
-class UserError(ValueError):
-  """A mistake that the user can mend. Its text is one line that says how."""
-
-
-speaker = ''  # What each line begins with: in a cluster, the task's name.
-
-
-def say(text, file=None):
-  """Prints a line, as far as the console goes: it may be ASCII, or closed.
-
-  A line stays one line, whatever is in the names that it tells.
-  """
-  file = file or sys.stdout
-  encoding = getattr(file, 'encoding', None) or 'utf-8'
-  text = re.sub('[\x00-\x1f\x7f-\x9f\u2028\u2029]', ' ', text)
-  text = text.encode(encoding, 'backslashreplace').decode(encoding)
-  try:
-    print(speaker + text, file=file, flush=True)
-  except OSError as error:
-    if error.errno in (errno.EPIPE, errno.EIO):
-      with open(os.devnull, 'w') as devnull:
-        os.dup2(devnull.fileno(), file.fileno())
-
-
-def what_went_wrong(error):
-  """Returns what an error says in one line, without TensorFlow's stack."""
-  message = getattr(error, 'message', None) or str(error) or repr(error)
-  before_stack = re.search(r'^(.*)\n\s*\[\[\{\{node', message, re.MULTILINE)
-  return before_stack[1] if before_stack else message.splitlines()[0]
-
-
-# Folders and files that the scripts write to.
-
-
-@contextlib.contextmanager
-def locked(folder, flag, wait=False):
-  """Lets one process at a time into a folder, which is made if need be.
-
-  The system takes the lock back when the process ends, however it ends; to
-  remove its file could let two processes in. Folders behind a URL and systems
-  without `flock` do without. A UserError names the flag if the folder cannot be
-  written to, or another process has the lock and `wait` is false.
-  """
-  path = os.path.join(folder, f'.{flag}.lock')
-  flag = f'--{flag}={folder}'
-  try:
-    tf.io.gfile.makedirs(folder)
-    lock = contextlib.nullcontext()
-    if fcntl and '://' not in folder:
-      lock = open(path, 'a+', opener=lambda path, flags: os.open(
-          path, flags | os.O_NOFOLLOW, 0o666))
-  except (OSError, tf.errors.OpError) as error:
-    raise UserError(f'{flag} cannot be written to: '
-                    f'{what_went_wrong(error)}') from error
-  with lock as file:
-    if file:
-      _lock(file, flag, wait)
-    yield
-
-
-def _lock(file, flag, wait):
-  """Locks an open file, and writes the number of this process to it."""
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    file.seek(0)
-    holder = f'process {file.read()} uses {flag}'
-    if not wait:
-      raise UserError(
-          f'{holder}: end it first, or name another folder.') from None
-    say(f'Waiting: {holder}.')
-    fcntl.flock(file, fcntl.LOCK_EX)
-  except OSError as error:  # Some file systems have no locks.
-    say(f'{flag} cannot be locked ({error.strerror}): take care that no other '
-        'process writes to it.')
-    return
-  with contextlib.suppress(OSError):  # A full disk can do without the number.
-    os.truncate(file.fileno(), 0)
-    os.write(file.fileno(), b'%d' % os.getpid())
-
-
-def write_file(path, write, is_trial=False):
-  """Writes a text file, whole or not at all: `write` gets it open.
-
-  It takes its name when it is complete. A UserError names a path that is in the
-  way of that: a link, which may lead out of the folder, or no file.
-  """
-  if os.path.islink(path) or os.path.exists(path) and not os.path.isfile(path):
-    raise UserError(f'{path} is no regular file: remove it, or name another.')
-  unfinished = path + '.tmp'
-  try:
-    with contextlib.suppress(tf.errors.NotFoundError):
-      tf.io.gfile.remove(unfinished)
-    with tf.io.gfile.GFile(unfinished, 'w') as f:
-      write(f)
-    if is_trial:  # Of whether it can be done.
-      tf.io.gfile.remove(unfinished)
-    else:
-      tf.io.gfile.rename(unfinished, path, overwrite=True)
-  except tf.errors.OpError as error:
-    raise UserError(f'{path} cannot be written: '
-                    f'{what_went_wrong(error)}') from error
-
-
-# What a data set is, and how it is had.
+# Data sets, and how to get them.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -288,15 +185,11 @@ def maybe_download_and_extract(dataset, data_dir, url=None):
 def data_folder(dataset, data_dir):
   """Returns the folder of a data set's files, which need not be there yet.
 
-  It is below `data_dir`, unless that is itself the folder that has them all.
-  A reader's own records stay where they are.
+  It is below `data_dir`, unless that has its name already. A reader's own
+  records stay where they are: the path of their folder is absolute.
   """
-  data_dir = os.path.expanduser(data_dir)
-  paths = {name: os.path.join(data_dir, name) for name in dataset.files}
-  if not os.path.isabs(dataset.folder) and all(
-      os.path.isfile(path) and dataset.files[name]
-      and os.path.getsize(path) == dataset.size_bytes(name)
-      for name, path in paths.items()):
+  data_dir = os.path.normpath(os.path.expanduser(data_dir))
+  if os.path.basename(data_dir) == dataset.folder:
     return data_dir
   return os.path.join(data_dir, dataset.folder)
 
@@ -334,9 +227,9 @@ def _download(name, url, sha256, partial):
     url = pathlib.Path(archive).absolute().as_uri()
     advice = ('It is not the published one: move it away. Other data in that '
               'format are a --dataset=FOLDER with its files.')
-  elif not sys.stdout.isatty():
+  elif not is_watched():
     say(f'Downloading {url}')
-  if not sys.stdout.isatty():  # A log would keep all states of keras's bar.
+  if not is_watched():  # A log would keep all states of keras's bar.
     tf.keras.utils.disable_interactive_logging()
   timeout = socket.getdefaulttimeout()
   socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_SECS)
@@ -430,9 +323,8 @@ def own_dataset(folder, data_dir):
 def _counted(dataset, folder):
   """Returns a data set with the numbers of records that its files have now."""
   def count(files):
-    sizes = {name: os.path.getsize(os.path.join(folder, name))
-             for name in files}
-    return {name: size // dataset.record_bytes for name, size in sizes.items()}
+    return {name: os.path.getsize(os.path.join(folder, name))
+                  // dataset.record_bytes for name in files}
 
   check_files(dataset, folder, dataset.files)
   return dataclasses.replace(
@@ -523,7 +415,7 @@ def _convert_pictures(listing, dataset, downloads, folder):
     if not count:
       raise UserError(f'--dataset={dataset.name} has no picture that can be '
                       f'read in {part}/.')
-    say(f'{count} of {len(rows)} files to {part} with are pictures.')
+    say(f'{count} of {len(rows)} files in {part}/ are pictures.')
 
 
 def _write_synthetic(dataset, downloads, folder):
@@ -734,7 +626,7 @@ def check_files(dataset, folder, files):
   paths = [os.path.join(folder, name) for name in files]
   for path in paths:
     try:
-      flaw = _find_flaw(path, dataset)
+      flaw = _flaw_of_file(path, dataset)
     except OSError as error:
       raise UserError(f'{path} cannot be read: {error.strerror}.') from error
     if flaw:  # To delete a reader's own data is no advice.
@@ -743,7 +635,7 @@ def check_files(dataset, folder, files):
   return paths
 
 
-def _find_flaw(path, dataset):
+def _flaw_of_file(path, dataset):
   """Returns what is wrong with a file, or None."""
   if not os.path.isfile(path):
     return 'is not a file' if os.path.exists(path) else 'is missing'
@@ -1002,3 +894,112 @@ def inputs(eval_data, data_dir, batch_size, dataset=None, image_size=None,
     planes, labels = parse_records(queue.dequeue_many(batch_size), dataset)
     images = crop_views(planes, views, image_size)
   return images, labels
+
+
+# What all scripts share: how to tell the user, and how to write files.
+
+
+class UserError(ValueError):
+  """A mistake that the user can mend. Its text is one line that says how."""
+
+
+speaker = ''  # What each line begins with: in a cluster, the task's name.
+
+
+def say(text, file=None):
+  """Prints a line, as far as the console goes: it may be ASCII, or closed.
+
+  A line stays one line, whatever is in the names that it tells.
+  """
+  file = file or sys.stdout
+  encoding = getattr(file, 'encoding', None) or 'utf-8'
+  text = re.sub('[\x00-\x1f\x7f-\x9f\u2028\u2029]', ' ', text)
+  text = text.encode(encoding, 'backslashreplace').decode(encoding)
+  try:
+    print(speaker + text, file=file, flush=True)
+  except OSError as error:
+    if error.errno in (errno.EPIPE, errno.EIO):
+      with open(os.devnull, 'w') as devnull:
+        os.dup2(devnull.fileno(), file.fileno())
+
+
+def is_watched():
+  """Returns whether the console is a terminal."""
+  return sys.stdout is not None and sys.stdout.isatty()
+
+
+def what_went_wrong(error):
+  """Returns what an error says in one line, without TensorFlow's stack."""
+  message = getattr(error, 'message', None) or str(error) or repr(error)
+  before_stack = re.search(r'^(.*)\n\s*\[\[\{\{node', message, re.MULTILINE)
+  return before_stack[1] if before_stack else message.splitlines()[0]
+
+
+@contextlib.contextmanager
+def locked(folder, flag, wait=False):
+  """Lets one process at a time into a folder, which is made if need be.
+
+  The system takes the lock back when the process ends, however it ends; to
+  remove its file could let two processes in. Folders behind a URL and systems
+  without `flock` do without. A UserError names the flag if the folder cannot be
+  written to, or another process has the lock and `wait` is false.
+  """
+  path = os.path.join(folder, f'.{flag}.lock')
+  flag = f'--{flag}={folder}'
+  try:
+    tf.io.gfile.makedirs(folder)
+    lock = contextlib.nullcontext()
+    if fcntl and '://' not in folder:
+      lock = open(path, 'a+', opener=lambda path, flags: os.open(
+          path, flags | os.O_NOFOLLOW, 0o666))
+  except (OSError, tf.errors.OpError) as error:
+    raise UserError(f'{flag} cannot be written to: '
+                    f'{what_went_wrong(error)}') from error
+  with lock as file:
+    if file:
+      _lock(file, flag, wait)
+    yield
+
+
+def _lock(file, flag, wait):
+  """Locks an open file, and writes the number of this process to it."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.seek(0)
+    holder = f'process {file.read()} uses {flag}'
+    if not wait:
+      raise UserError(
+          f'{holder}: end it first, or name another folder.') from None
+    say(f'Waiting: {holder}.')
+    fcntl.flock(file, fcntl.LOCK_EX)
+  except OSError as error:  # Some file systems have no locks.
+    say(f'{flag} cannot be locked ({error.strerror}): take care that no other '
+        'process writes to it.')
+    return
+  with contextlib.suppress(OSError):  # A full disk can do without the number.
+    os.truncate(file.fileno(), 0)
+    os.write(file.fileno(), b'%d' % os.getpid())
+
+
+def write_file(path, write, is_trial=False):
+  """Writes a text file, whole or not at all: `write` gets it open.
+
+  It takes its name when it is complete. A UserError names a path that is in the
+  way of that: a link, which may lead out of the folder, or no file.
+  """
+  if os.path.islink(path) or os.path.exists(path) and not os.path.isfile(path):
+    raise UserError(f'{path} is no regular file: remove it, or name another.')
+  unfinished = path + '.tmp'
+  try:
+    with contextlib.suppress(tf.errors.NotFoundError):
+      tf.io.gfile.remove(unfinished)
+    with tf.io.gfile.GFile(unfinished, 'w') as f:
+      write(f)
+    if is_trial:  # Of whether it can be done.
+      tf.io.gfile.remove(unfinished)
+    else:
+      tf.io.gfile.rename(unfinished, path, overwrite=True)
+  except tf.errors.OpError as error:
+    raise UserError(f'{path} cannot be written: '
+                    f'{what_went_wrong(error)}') from error

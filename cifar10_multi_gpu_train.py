@@ -56,7 +56,7 @@ def build_step(dataset, recipe, global_step,
   """
   # Whatever is not a tower's is on the CPU, in reach of all towers.
   with tf.device('/cpu:0'):
-    images, labels = cifar10_train.distorted_inputs(
+    images, labels = cifar10_train.training_batches(
         dataset, FLAGS.batch_size * FLAGS.num_gpus)
     with tf.name_scope('train'):
       rate = cifar10.learning_rate(global_step, recipe)
@@ -113,10 +113,11 @@ def average_losses(tower_losses):
 
   Each average has the name of its losses, without their tower.
   """
-  return [
-      _average(losses, re.sub(
-          '^%s_[0-9]+/' % cifar10.TOWER_NAME, '', losses[0].op.name))
-      for losses in zip(*tower_losses)]
+  averages = []
+  for losses in zip(*tower_losses):
+    _, _, name = losses[0].op.name.partition('/')
+    averages.append(_average(losses, name))
+  return averages
 
 
 def average_gradients(tower_grads):
@@ -188,14 +189,14 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
   each on batches of its own; the chief also initializes, saves and summarizes.
   The workers' graphs differ in the names of devices only.
 
-  No operation waits for another task. Instead, each task leaves a text on every
-  parameter server, a new one each second, and reads those of the others: who
-  writes is alive. The chief's text says what run this is, and after the last
-  checkpoint how it ended. A ps writes to itself only, and reads there.
+  No operation waits for another task. Instead, each task leaves its status on
+  every parameter server, a new one each second, and reads those of the others:
+  a task that writes is alive. The chief's status says what run this is, and
+  after the last checkpoint how it ended. A ps writes to itself only.
 
-  Training, and the texts of each server, have threads of their own, which may
-  hang, and raise what goes wrong. The main thread never hangs: it looks around
-  each second, and it alone ends the process.
+  Training, and the exchange with each server, have threads of their own, which
+  may hang, and raise what goes wrong. The main thread never hangs: it looks
+  around each second, and it alone ends the process.
 
   Args:
     jobs: dict from each job to the addresses of its tasks.
@@ -209,22 +210,22 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     self.names = {(name, i): f'{name} {i} at {address}' for name in jobs
                   for i, address in enumerate(jobs[name])}
     self._servers = [task] if job == 'ps' else servers
-    self._needed = self._workers if FLAGS.sync_replicas else self._workers[:1]
+    self._awaited = self._workers if FLAGS.sync_replicas else self._workers[:1]
     # In seconds, of each task that this one cannot do without.
-    self._silence = dict.fromkeys(self._servers + self._needed, 0)
+    self._silence = dict.fromkeys(self._servers + self._awaited, 0)
     self._answered = set()  # Of the servers.
-    self._first_texts = None  # Those that were there before: of a dead task?
-    self._texts = {}        # Those of live tasks, by the workers' numbers.
-    self.words = {}         # What this task says.
-    self._described = {}    # What this task takes the run for.
-    self._counts = ', '.join(
+    self.status = {}       # A dict that JSON can carry: what this task says.
+    self._statuses = {}    # Those of live tasks, by the workers' numbers.
+    self._first_statuses = None  # Those that were there before: of a dead task?
+    self._run = {}         # What this task takes the run for.
+    self._cluster_size = ', '.join(
         f'{len(jobs[name])} {name}' for name in sorted(jobs))
     self._device = '/job:%s/task:%d' % task
     self._server = _start_server(jobs, task, self.names[task])
     super().__init__(
         # A ps is no worker, and so not the chief.
         worker=-1 if job == 'ps' else self._workers.index(task),
-        num_workers=len(self._needed),
+        num_workers=len(self._awaited),
         target=self._server.target,
         device=tf.train.replica_device_setter(
             worker_device=self._device, cluster=jobs),
@@ -234,8 +235,8 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     rewriting = self.config.graph_options.rewrite_options
     rewriting.remapping = rewriting.OFF
     self._pool = concurrent.futures.ThreadPoolExecutor(1 + len(self._servers))
-    self._letters = [self._pool.submit(self._correspond, server)
-                     for server in self._servers]
+    self._exchanges = [self._pool.submit(self._exchange, server)
+                       for server in self._servers]
 
   # How the process goes on and ends: the main thread.
 
@@ -278,8 +279,8 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     patience = 13
     while True:
       concurrent.futures.wait(
-          [training, *self._letters], 1, concurrent.futures.FIRST_COMPLETED)
-      chief = self.words if self.is_chief else self._texts.get(0, {})
+          [training, *self._exchanges], 1, concurrent.futures.FIRST_COMPLETED)
+      chief = self.status if self.is_chief else self._statuses.get(0, {})
       end = chief.get('end')
       if self.signals:
         end = 128 + self.signals[0], f'stopped by {self.signals[0].name}.'
@@ -292,39 +293,39 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
           return end
       if training.done():
         return training.result(), None
-      for each in self._letters:
+      for each in self._exchanges:
         if each.done():
           each.result()  # It raises what went wrong.
-      self.check()
+      self.may_compute()
       for server in self._servers:
-        self._miss(server)
+        self._count_silence(server)
 
   def _tell_end(self, code, message):
     """Tells the others how the chief's run ended."""
     # After a signal it did not: a chief that was stopped is started again.
-    self.words = {'end': None if code > 1 else [
+    self.status = {'end': None if code > 1 else [
         code, message and f'the chief: {message}']}
     # After a start in vain, the servers may be starting still.
-    concurrent.futures.wait(self._letters, timeout=4 if code > 1 else 30)
+    concurrent.futures.wait(self._exchanges, timeout=4 if code > 1 else 15)
 
   # What the tasks tell each other: a thread for each server.
 
-  def _correspond(self, server):
+  def _exchange(self, server):
     """Writes to a parameter server and reads, in a thread: it may hang."""
     config = tf.ConfigProto(
         device_filters=['/job:%s/task:%d' % server, self._device],
         operation_timeout_in_ms=5000)
     with tf.Graph().as_default():
       session = tf.Session(self.target, config=config)  # To close it may hang.
-      table = Table('texts', tf.string, server)
+      table = Table('statuses', tf.string, server)
       text = tf.placeholder(tf.string, [])
       write = table.put(self.worker, text)
       failures = 0  # In a row.
       while True:
-        words = self.words
+        status = self.status
         try:
           session.run(
-              write, {text: json.dumps({**words, 'time': time.time()})})
+              write, {text: json.dumps({**status, 'time': time.time()})})
           texts = table.read(session)
         except tf.errors.DeadlineExceededError:
           continue  # It may be stopped, and go on. Five seconds have passed.
@@ -337,25 +338,26 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
           failures = self._silence[server] = 0
           self._answered.add(server)
           if server == self._servers[0]:
-            self._hear({i: json.loads(text) for i, text in texts.items()})
-          if 'end' in words:
+            self._take_in({i: json.loads(text) for i, text in texts.items()})
+          if 'end' in status:
             return
         time.sleep(1)
 
-  def _hear(self, texts):
-    """Takes in what the first server has: who writes there is not silent."""
-    if self._first_texts is None:
-      self._first_texts = texts
-    texts = {i: text for i, text in texts.items()
-             if 'run' not in text or text != self._first_texts.get(i)}
-    for i, task in enumerate(self._needed):
-      if texts.get(i) == self._texts.get(i):
-        self._miss(task)
+  def _take_in(self, statuses):
+    """Takes in what is on the first server: who writes there is not silent."""
+    if self._first_statuses is None:
+      self._first_statuses = statuses
+    statuses = {
+        i: status for i, status in statuses.items()
+        if 'run' not in status or status != self._first_statuses.get(i)}
+    for i, task in enumerate(self._awaited):
+      if statuses.get(i) == self._statuses.get(i):
+        self._count_silence(task)
       else:
         self._silence[task] = 0
-    self._texts = texts
+    self._statuses = statuses
 
-  def _miss(self, task):
+  def _count_silence(self, task):
     """Counts a second of silence, and raises a UserError if it was the last."""
     # A clock would go on when this process is stopped.
     self._silence[task] += 1
@@ -369,13 +371,13 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
 
   def build_step(self, dataset, recipe, global_step):
     """Builds one step of this task; see `cifar10_train.build_step`."""
-    names = [*cifar10_train.shaping_flags(), 'num_gpus', 'sync_replicas']
-    self._described = {
+    names = [*cifar10_train.SHAPING_FLAGS, 'num_gpus', 'sync_replicas']
+    self._run = {
         **{'--' + name: FLAGS[name].value for name in names},
         # A folder may be elsewhere on another machine.
         '--dataset': os.path.basename(dataset.name),
         'classes': ', '.join(dataset.classes),
-        'the cluster in TF_CONFIG': self._counts}
+        'the cluster in TF_CONFIG': self._cluster_size}
     return build_step(dataset, recipe, global_step, self.apply_gradients)
 
   def apply_gradients(self, optimizer, gradients, global_step, recipe):
@@ -384,15 +386,15 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
     with tf.device(global_step.device):
       return cifar10.apply_gradients(optimizer, gradients, global_step, recipe)
 
-  def check(self):
+  def may_compute(self):
     """Returns whether this task can compute now.
 
     Raises:
       UserError: if the chief's flags are not those of this task.
     """
-    run = self._texts.get(0, {}).get('run', {})
+    run = self._statuses.get(0, {}).get('run', {})
     for name, value in run.items():
-      own = self._described.get(name, value)  # Its data may not be there yet.
+      own = self._run.get(name, value)  # Its data may not be there yet.
       if value != own:
         raise UserError(f'{name} is {own} here, but {value} at '
                         f'{self.names[self._workers[0]]}: start all tasks '
@@ -401,7 +403,7 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
         self.is_chief or bool(run))
 
   def begin(self):
-    while not self.check():
+    while not self.may_compute():
       time.sleep(0.1)
 
   def after_create_session(self, session, coord):
@@ -409,8 +411,8 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
       # If no step is left, the chief says so, or comes back and repeats some.
       while session.run(tf.train.get_global_step()) >= FLAGS.max_steps:
         time.sleep(0.1)
-    elif not self.words:
-      self.words = {'run': self._described}
+    elif not self.status:
+      self.status = {'run': self._run}
     else:
       # A connection broke, and TensorFlow has made a session anew. A worker
       # goes on with it, but a chief's begins with the values of the first one.
@@ -460,8 +462,8 @@ class SyncCluster(Cluster):
   The chief draws a ticket for each step, a number that no other step has. For
   the ticket, each worker leaves its gradients in variables of its own, then the
   ticket in a table. When the chief finds it there from all, it updates the
-  network by their average. Who waits reads the table again and again. So
-  nothing that a killed task leaves behind can be taken for a part of another
+  network by their average. A task that waits reads the table again and again.
+  So nothing that a killed task leaves behind can be taken for a part of another
   step, or hold one up.
   """
 
@@ -469,9 +471,10 @@ class SyncCluster(Cluster):
     averages, own = [], []
     for gradient, variable in gradients:
       with tf.device(variable.device):
-        places = [_place(i, variable) for i in range(self.num_workers)]
-        averages += average_gradients([[(place, variable)] for place in places])
-      own.append(places[self.worker].assign(gradient))
+        left = [_gradient_variable(i, variable)
+                for i in range(self.num_workers)]
+        averages += average_gradients([[(each, variable)] for each in left])
+      own.append(left[self.worker].assign(gradient))
     self._update = super().apply_gradients(
         optimizer, averages, global_step, recipe)
     self._table = Table('tickets', tf.int64)
@@ -524,7 +527,7 @@ class SyncCluster(Cluster):
     raise tf.errors.OutOfRangeError(None, None, 'a signal has ended the run.')
 
 
-def _place(worker, variable):
+def _gradient_variable(worker, variable):
   """Returns a variable for a worker's gradients of a variable."""
   return tf.get_variable(
       f'{variable.op.name}/gradient_{worker}', variable.shape,

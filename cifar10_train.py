@@ -54,7 +54,7 @@ def build_step(dataset, recipe, global_step):
   """
   # The input belongs on the CPU, so that a GPU is left to the network.
   with tf.device('/cpu:0'):
-    images, labels = distorted_inputs(dataset, FLAGS.batch_size)
+    images, labels = training_batches(dataset, FLAGS.batch_size)
   logits = cifar10.inference(images, recipe)
   loss = cifar10.loss(logits, labels, recipe=recipe)
   return cifar10.train(loss, global_step, recipe), loss
@@ -63,7 +63,7 @@ def build_step(dataset, recipe, global_step):
 # What the flags say, as values.
 
 
-def distorted_inputs(dataset, batch_size):
+def training_batches(dataset, batch_size):
   """Builds the input of training; see `cifar10.distorted_inputs`."""
   return cifar10.distorted_inputs(
       dataset, batch_size, image_size=FLAGS.image_size,
@@ -153,8 +153,10 @@ def run_training(build, examples, task=None):
   with (cifar10_input.locked(FLAGS.train_dir, 'train_dir') if task.is_chief
         else contextlib.nullcontext()):
     checkpoint = _checkpoint_to_continue()
-    if checkpoint and _is_trained(checkpoint):
-      return 0
+    if checkpoint:
+      _say_where_it_starts(checkpoint)
+      if step_of(checkpoint) >= FLAGS.max_steps:
+        return 0
     if not task.is_chief:
       checkpoint = None  # The chief restores it, and may remove it.
     dataset = prepare_dataset()
@@ -185,34 +187,39 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
   steps_done = task.steps_done(train_op, global_step)
   scaffold = _scaffold(checkpoint)  # Refuses one that does not fit.
   if task.is_chief:
-    _tidy_train_dir()
+    _remove_remains()
     write_run(dataset)
     _show_run(step_of(checkpoint) if checkpoint else 0)
   logger = LoggerHook(loss, steps_done, examples_per_step, task)
-  signals, start_time = task.signals, time.monotonic()
+  start_time = time.monotonic()
   try:
     with contextlib.ExitStack() as until_saved:
       with _session(scaffold, task, logger) as session:
         # Before, a signal ends the process.
-        until_saved.enter_context(handling_signals(signals.append))
-        while not session.should_stop() and not signals:
+        until_saved.enter_context(handling_signals(task.signals.append))
+        while not session.should_stop() and not task.signals:
           session.run(train_op)
   except (tf.errors.OpError, ValueError) as error:
     _explain(error, dataset, task)
     raise
-  if signals and logger.step < FLAGS.max_steps:
-    saved = ' with a checkpoint' if task.is_chief else ''
-    say(f'Stopped by {signals[0].name}{saved}: the same command continues.')
-    return 128 + signals[0]
-  if logger.step < FLAGS.max_steps:
-    raise UserError(f'the input ended at step {logger.step}: has a file of the '
-                    'data set changed?')
-  if task.is_chief:
-    secs = round(time.monotonic() - start_time)
-    say(f'Trained up to step {logger.step} in {timedelta(seconds=secs)}. To '
-        'evaluate it: python cifar10_eval.py --run_once '
-        + shlex.quote(f'--checkpoint_dir={FLAGS.train_dir}'))
-  return 0
+  return _tell_end(logger.step, task, round(time.monotonic() - start_time))
+
+
+def _tell_end(step, task, secs):
+  """Says how a run ended. Returns the exit code."""
+  if step >= FLAGS.max_steps:
+    if task.is_chief:
+      say(f'Trained up to step {step} in {timedelta(seconds=secs)}. To '
+          'evaluate it: python cifar10_eval.py --run_once '
+          + shlex.quote(f'--checkpoint_dir={FLAGS.train_dir}'))
+    return 0
+  if not task.signals:
+    raise UserError(f'the input ended at step {step}: has a file of the data '
+                    'set changed?')
+  signum = task.signals[0]
+  saved = ' with a checkpoint' if task.is_chief else ''
+  say(f'Stopped by {signum.name}{saved}: the same command continues.')
+  return 128 + signum
 
 
 def _scaffold(checkpoint):
@@ -309,8 +316,7 @@ class LoggerHook(tf.train.SessionRunHook):
     self._next_estimate = None  # The first line's speed is that of the start.
 
   def before_run(self, run_context):
-    return tf.train.SessionRunArgs(
-        self._fetches, options=tf.RunOptions(timeout_in_ms=1200000))
+    return tf.train.SessionRunArgs(self._fetches)
 
   def after_run(self, run_context, run_values):
     loss_value, self.step = run_values.results
@@ -346,6 +352,12 @@ class LoggerHook(tf.train.SessionRunHook):
 # What a run leaves in its folder, and how that is found again. All of it goes
 # through TensorFlow's file systems, so the folder may be a URL.
 
+# The flags that decide what a run learns.
+SHAPING_FLAGS = (
+    'batch_size', 'crop_margin', 'dataset', 'image_size', 'label_smoothing',
+    'learning_rate', 'learning_rate_schedule', 'max_steps', 'model', 'momentum',
+    'moving_average_decay', 'optimizer', 'recipe', 'use_bfloat16', 'use_fp16',
+    'weight_decay')
 _RUN_FILE = 'run.json'
 _VERSIONS = {'tensorflow': tf.version.VERSION, 'numpy': np.__version__,
              'python': sys.version.split()[0]}
@@ -373,16 +385,10 @@ def _show_run(step):
   rows += [f'| {name} | {version} |' for name, version in _VERSIONS.items()]
   table = '\n'.join(['| given flags first | |', '| --- | --- |', *rows])
   writer = tf.summary.FileWriterCache.get(FLAGS.train_dir)
-  values = {name: FLAGS[name].value for name in shaping_flags()}
+  values = {name: FLAGS[name].value for name in SHAPING_FLAGS}
   for shown in (text.text_pb('configuration', table),
                 hparams.hparams_pb(values)):
     writer.add_summary(shown.SerializeToString(), step)
-
-
-def shaping_flags():
-  """Returns the names of the flags that decide what a run learns."""
-  return sorted({'dataset', 'model', 'recipe', 'use_bfloat16', 'use_fp16'}
-                .union(*cifar10.RECIPES.values()))
 
 
 def read_run(folder):
@@ -396,11 +402,10 @@ def read_run(folder):
       raise ValueError('it is no regular file')  # A pipe would never end.
     with tf.io.gfile.GFile(path) as f:
       run = json.load(f)
-    known = {**run['flags'], 'started': run.get('started')}
-    if 'classes' in run:
-      if not isinstance(run['classes'], list):
-        raise ValueError('classes is not a list')
-      known['classes'] = tuple(map(str, run['classes']))
+    if not isinstance(run['classes'], list):
+      raise ValueError('classes is not a list')
+    known = {**run['flags'], 'started': run.get('started'),
+             'classes': tuple(map(str, run['classes']))}
     if not isinstance(known.get('max_steps', 0), int):
       raise ValueError('max_steps is not a whole number')
     return known
@@ -453,8 +458,8 @@ def adopt_run(folder, names):
         FLAGS.set_default(name, run[name])
       except flags.Error as error:
         raise UserError(
-            f'{folder} was trained with --{name}={run[name]}, which is not to '
-            f'be had now ({error}): give --{name}.') from error
+            f'{folder} was trained with --{name}={run[name]}, which does not '
+            f'exist here ({error}): give --{name}.') from error
   return run
 
 
@@ -500,7 +505,7 @@ def checkpoints(path):
 def latest_checkpoint(folder):
   """Returns the newest acceptable checkpoint in a folder, or None."""
   for step, checkpoint in reversed(checkpoints(folder).items()):
-    flaw = _find_flaw(checkpoint)
+    flaw = _flaw_of_checkpoint(checkpoint)
     if not flaw:
       return checkpoint
     if step in checkpoints(folder):  # Otherwise it was removed just now.
@@ -508,7 +513,7 @@ def latest_checkpoint(folder):
   return None
 
 
-def _find_flaw(checkpoint):
+def _flaw_of_checkpoint(checkpoint):
   """Returns why a checkpoint must not be used, or None."""
   try:
     # The reader's own errors do not tell a file that is refused from a bad one.
@@ -571,21 +576,19 @@ def _checkpoint_to_continue():
   return checkpoint
 
 
-def _is_trained(checkpoint):
-  """Says where training starts. Returns whether no step is left to do."""
+def _say_where_it_starts(checkpoint):
   step = step_of(checkpoint)
   if step < FLAGS.max_steps:
     say(f'Continuing from {checkpoint}.')
-    return False
+    return
   more = ''
   if FLAGS.learning_rate_schedule == 'staircase':
     more = 'a larger --max_steps trains on, '
   say(f'{checkpoint} is trained for {step} steps already: {more}--overwrite '
       'starts anew.')
-  return True
 
 
-def _tidy_train_dir():
+def _remove_remains():
   """Removes what a killed save left, and all of a run with --overwrite.
 
   Files that this suite does not write stay.
@@ -608,7 +611,7 @@ def _tidy_train_dir():
 # evaluation refuses what only training knows.
 
 
-class FolderParser(flags.ArgumentParser):
+class PathParser(flags.ArgumentParser):
   """Makes of a flag a folder that TensorFlow can write to: a path or a URL."""
 
   def parse(self, argument):
@@ -701,7 +704,7 @@ def define_flags():
 
 
 def _define_run_flags():
-  flags.DEFINE(FolderParser(), 'train_dir', '/tmp/cifar10_train',
+  flags.DEFINE(PathParser(), 'train_dir', '/tmp/cifar10_train',
                'Where checkpoints and event files are written.')
   flags.DEFINE_boolean(
       'overwrite', False, 'Start anew: remove the checkpoints and event files '
@@ -739,6 +742,30 @@ def _define_recipe_flags():
                 'Factor of the L2 losses of local3 and local4.')
   _define_float('moving_average_decay', cifar10.MOVING_AVERAGE_DECAY,
                 'Of the averages of the variables, which are evaluated.', 1.0)
+
+
+def read_cluster():
+  """Returns the jobs in TF_CONFIG, and the job and the index of this task.
+
+  The jobs are a dict from names to lists of addresses. They are empty where no
+  other task computes: that is one machine, and trains as one.
+  """
+  if not os.environ.get('TF_CONFIG'):
+    return {}, None, 0
+  try:
+    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    jobs = resolver.cluster_spec().as_dict()
+    job, index = resolver.task_type, resolver.task_id or 0
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UserError(f'TF_CONFIG cannot be read: {error}') from error
+  if job == 'evaluator':
+    raise UserError('TF_CONFIG says that this is the evaluator, which is '
+                    'cifar10_eval.py.')
+  jobs.pop('evaluator', None)  # It is beside the cluster.
+  if jobs.keys() <= {'chief', 'master', 'worker'} and sum(
+      map(len, jobs.values())) <= 1:
+    jobs = {}
+  return jobs, job, index
 
 
 # How a script starts and ends.
@@ -855,30 +882,6 @@ def handling_signals(handler):
 
 def _interrupt(signum):
   raise KeyboardInterrupt(signum)
-
-
-def read_cluster():
-  """Returns the jobs in TF_CONFIG, and the job and the index of this task.
-
-  The jobs are a dict from names to lists of addresses. They are empty where no
-  other task computes: that is one machine, and trains as one.
-  """
-  if not os.environ.get('TF_CONFIG'):
-    return {}, None, 0
-  try:
-    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
-    jobs = resolver.cluster_spec().as_dict()
-    job, index = resolver.task_type, resolver.task_id or 0
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UserError(f'TF_CONFIG cannot be read: {error}') from error
-  if job == 'evaluator':
-    raise UserError('TF_CONFIG says that this is the evaluator, which is '
-                    'cifar10_eval.py.')
-  jobs.pop('evaluator', None)  # It is beside the cluster.
-  if jobs.keys() <= {'chief', 'master', 'worker'} and sum(
-      map(len, jobs.values())) <= 1:
-    jobs = {}
-  return jobs, job, index
 
 
 def main(argv=None):

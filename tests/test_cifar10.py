@@ -286,7 +286,8 @@ def test_momentum_is_that_of_nesterov():
 def test_muon_centres_gradients_and_moves_kernels_equally_far_all_ways():
   normal = np.random.default_rng(0).normal
   gradients = {'kernel': normal(1, 1, [5, 5, 2, 8]),
-               'matrix': normal(1, 1, [6, 4]), 'biases': normal(1, 1, [4])}
+               'matrix': normal(1, 1, [6, 4]), 'biases': normal(1, 1, [4]),
+               'at_three_places': normal(1, 1, [3, 6, 4])}
   variables = {name: tf.get_variable(name, initializer=tf.zeros(value.shape))
                for name, value in gradients.items()}
   loss = tf.add_n([tf.reduce_sum(variables[name] * value.astype(np.float32))
@@ -303,6 +304,10 @@ def test_muon_centres_gradients_and_moves_kernels_equally_far_all_ways():
   matrix = gradients['matrix']
   np.testing.assert_allclose(
       moved['matrix'], 1.9 * (matrix - matrix.mean(axis=0)), atol=1e-5)
+  local = gradients['at_three_places']
+  np.testing.assert_allclose(
+      moved['at_three_places'],
+      1.9 * (local - local.mean(axis=1, keepdims=True)), atol=1e-5)
   matrix = gradients['kernel'].reshape(50, 8)
   left, _, right = np.linalg.svd(matrix - matrix.mean(axis=0), False)
   spread = left.T @ moved['kernel'].reshape(50, 8) @ right.T

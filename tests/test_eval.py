@@ -60,7 +60,8 @@ def save(tmp_path):
       tf.get_variable('global_step', initializer=np.int64(step))
       session.run(tf.global_variables_initializer())
       if run:
-        (folder / 'run.json').write_text(json.dumps({'flags': run}))
+        (folder / 'run.json').write_text(json.dumps(
+            {'flags': run, 'classes': TINY.classes}))
       return tf.train.Saver().save(
           session, str(folder / 'model.ckpt'), global_step=step)
 

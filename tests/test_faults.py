@@ -3,6 +3,7 @@
 They are real ones: flipped bytes, full disks, signals. README.md lists them.
 """
 import contextlib
+import json
 import os
 import pathlib
 import pty
@@ -182,7 +183,8 @@ def test_checkpoint_that_a_trainer_removes_is_left_out_of_evaluation(
     check(checkpoint, variables)
 
   # So that evaluation ends after the checkpoint that is left.
-  (run_dir / 'run.json').write_text('{"flags": {"max_steps": 0}}')
+  (run_dir / 'run.json').write_text(json.dumps(
+      {'flags': {'max_steps': 0}, 'classes': TINY.classes}))
   monkeypatch.setattr(cifar10_train, 'check_checkpoint', check_too_late)
   run = evaluate()
   assert (run.code, run.stderr) == (0, '')
@@ -486,6 +488,11 @@ def test_closed_stderr_does_not_keep_a_training_from_its_start(
       ['sh', '-c', '"$@" 2>&-', 'sh', sys.executable, *command,
        '--max_steps=1'], stdout=subprocess.DEVNULL, check=True)
   assert newest_step(tmp_path / 'run') == 1
+  path = tmp_path / 'some file'  # It must not become the new stderr.
+  subprocess.run(
+      ['sh', '-c', '"$@" 2>&-', 'sh', sys.executable, '-c',
+       'import sys, cifar10_input; f = open(sys.argv[1], "w"); '
+       'sys.exit(f.fileno() == 2)', str(path)], cwd=ROOT, check=True)
 
 
 # Data that is not as it should be.

@@ -430,20 +430,6 @@ def test_checkpoints_alone_predict_and_export_what_they_were_trained_on(
   assert not (tmp_path / 'none').exists()
 
 
-def test_run_file_without_classes_names_those_of_its_data_set(
-    train, call_script, pictures_dir, tmp_path):
-  assert train('--max_steps=1').code == 0
-  path = tmp_path / 'run' / 'run.json'
-  written = json.loads(path.read_text())
-  assert written.pop('classes') == list(TINY.classes)
-  path.write_text(json.dumps(written))
-  run = call_script(
-      cifar10_eval, '--checkpoint_dir=%s' % (tmp_path / 'run'),
-      '--predict=%s' % (pictures_dir / 'test' / 'light' / '0.picture'))
-  assert run.code == 0
-  assert {word for word in run.stdout.split() if word in TINY.classes}
-
-
 def test_moved_pictures_are_evaluated_and_trained_on_where_they_are(
     pictures_dir, pictures_run, tmp_path, call_script):
   moved = pictures_dir.rename(tmp_path / 'moved')
@@ -579,13 +565,6 @@ def test_own_records_are_trained_on_and_evaluated_where_they_lie(
   assert contents(records_dir) == before and not (tmp_path / 'data').exists()
 
 
-def test_own_records_are_not_mistaken_for_others_of_their_names(
-    records_dir, tmp_path):
-  others = shutil.copytree(records_dir, tmp_path / 'data')
-  dataset = cifar10_input.own_dataset(str(records_dir), str(others))
-  assert cifar10_input.data_folder(dataset, str(others)) == str(records_dir)
-
-
 @pytest.mark.parametrize('name, content, complaint', [
     ('a.bin', bytes(3072), 'a.bin has 3072 bytes, not a multiple of 3073'),
     ('b.bin', b'', 'b.bin has 0 bytes'),
@@ -606,11 +585,15 @@ def test_own_records_with_a_flaw_are_refused_and_not_to_be_deleted(
 
 def test_data_dir_may_itself_be_the_folder_with_the_batches(
     train, evaluate, tiny_dir, tmp_path):
-  flag = '--data_dir=%s' % shutil.copytree(
-      tiny_dir / TINY.folder, tmp_path / 'batches')
+  folder = shutil.copytree(tiny_dir / TINY.folder, tmp_path / TINY.folder)
+  flag = '--data_dir=%s/' % folder
   assert train('--max_steps=1', flag).code == 0
   assert '/70 correct at step 1\n' in evaluate(flag).stdout
-  assert set(os.listdir(tmp_path / 'batches')) == set(TINY.files)
+  assert set(os.listdir(folder)) == set(TINY.files)
+  os.truncate(folder / 'test.bin', 3073)
+  assert evaluate(flag).stderr.endswith(
+      '%s/test.bin has 3073 bytes, not 215110: delete it and start again to get '
+      'it anew.\n' % folder)
 
 
 # The console.

@@ -65,11 +65,11 @@ def constant_input(monkeypatch):
   labels = random.integers(0, 10, 128, np.int32)
   parts = {'first': slice(64), 'second': slice(64, None)}
 
-  def distorted_inputs(dataset, batch_size):
+  def training_batches(dataset, batch_size):
     part = parts.get(threading.current_thread().name, slice(None))
     return tf.constant(images[part]), tf.constant(labels[part])
 
-  monkeypatch.setattr(cifar10_train, 'distorted_inputs', distorted_inputs)
+  monkeypatch.setattr(cifar10_train, 'training_batches', training_batches)
 
 
 # Towers.
@@ -261,7 +261,7 @@ def test_two_machines_with_64_images_learn_as_one_with_128(constant_input):
     tasks[1].signals.append(signal.SIGTERM)  # It waits for the chief's end.
     threads[1].join(60)
   for task in (server, *tasks):
-    task.words = {'end': None}  # Its threads end.
+    task.status = {'end': None}  # Its threads end.
   _assert_learned(*values)
 
 
@@ -272,14 +272,14 @@ def test_task_that_never_comes_is_named(monkeypatch, capsys):
   server, chief = (cifar10_multi_gpu_train.SyncCluster(jobs, job, 0)
                    for job in ('ps', 'chief'))
   for task in (server, chief):
-    task.words = {'end': None}  # Their threads end.
+    task.status = {'end': None}  # Their threads end.
   name = 'worker 0 at ' + jobs['worker'][0]
   for i in range(9):
-    chief._hear({0: {'time': i}})
+    chief._take_in({0: {'time': i}})
   assert capsys.readouterr().out == 'Waiting for %s.\n' % name
   with pytest.raises(
       UserError, match='%s has not answered for 9 seconds.' % name):
-    chief._hear({0: {'time': 9}})
+    chief._take_in({0: {'time': 9}})
 
 
 class Tasks:
@@ -439,4 +439,4 @@ def test_of_a_synchronous_cluster_only_the_chief_ends_by_the_step():
   assert [chief.is_last(4), chief.is_last(5)] == [False, True]
   assert not worker.is_last(5)  # A new chief may repeat the step.
   for task in tasks:
-    task.words = {'end': None}  # Its threads end.
+    task.status = {'end': None}  # Its threads end.

@@ -161,7 +161,7 @@ def test_deterministic_runs_end_with_the_same_bytes(
 def test_queue_holds_the_fraction_that_was_asked_for(tiny_flags):
   parse_flags(cifar10_train, *tiny_flags,
               '--min_fraction_of_examples_in_queue=0.1')
-  cifar10_train.distorted_inputs(TINY, 8)
+  cifar10_train.training_batches(TINY, 8)
   queue, = (op for op in tf.get_default_graph().get_operations()
             if op.type == 'RandomShuffleQueueV2')
   assert queue.get_attr('min_after_dequeue') == 25
