@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import http.server
 import io
-import json
 import os
 import re
 import shutil
@@ -25,7 +24,6 @@ import types
 
 from hypothesis import given, settings, strategies
 import numpy as np
-import PIL.Image
 import pytest
 
 from conftest import (
