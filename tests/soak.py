@@ -136,7 +136,7 @@ class Cluster:
     except subprocess.TimeoutExpired:
       self.fail('does not end')
 
-  def go_on(self, secs=90):
+  def go_on(self, secs=300):
     """Waits until the chief has done three more steps, or all are done."""
     first, deadline = len(self.steps()), time.time() + secs
     while len(self.steps()) < first + 3:
@@ -216,7 +216,7 @@ def end_again_and_again(args, folder, times):
     cluster = Cluster(folder, ['--data_dir=' + args.data_dir, *args.flags,
                                '--max_steps=10'])
     cluster.start(*TASKS)
-    if set(cluster.codes().values()) != {0}:
+    if set(cluster.codes(secs=300).values()) != {0}:
       cluster.fail('failed')
     assert newest_step(cluster.train_dir) == 10
   print('%d starts and ends' % times, flush=True)
