@@ -415,7 +415,8 @@ class MuonOptimizer(tf.train.MomentumOptimizer):
   """
 
   def _resource_apply_dense(self, grad, var):
-    grad = _centred(grad) if var.shape.rank > 1 else grad
+    if var.shape.rank > 1 and not var.op.name.endswith('biases'):
+      grad = _centred(grad)
     if var.shape.rank != 4:
       return super()._resource_apply_dense(grad, var)
     slot, momentum = self.get_slot(var, 'momentum'), self._momentum_tensor

@@ -57,7 +57,7 @@ try:
   _stderr = os.dup(2)
 except OSError:  # It is closed: no file of ours may get its number.
   os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-  _stderr = os.dup(2)
+  sys.stderr, _stderr = open(2, 'w'), os.dup(2)
 if os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2') >= '2':
   os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 try:
@@ -175,7 +175,7 @@ def maybe_download_and_extract(dataset, data_dir, url=None):
     with locked(data_dir, 'data_dir', wait=True):
       try:
         if not is_there():  # Another process may have got it meanwhile.
-          _get(dataset, folder, url)
+          _get(dataset, data_dir, folder, url)
       except OSError as error:
         raise UserError(f'--data_dir={data_dir} cannot hold the data set: '
                         f'{error}') from error
@@ -188,19 +188,19 @@ def data_folder(dataset, data_dir):
   It is below `data_dir`, unless that has its name already. A reader's own
   records stay where they are: the path of their folder is absolute.
   """
-  data_dir = os.path.normpath(os.path.expanduser(data_dir))
+  data_dir = os.path.abspath(os.path.expanduser(data_dir))
   if os.path.basename(data_dir) == dataset.folder:
     return data_dir
   return os.path.join(data_dir, dataset.folder)
 
 
-def _get(dataset, folder, url):
+def _get(dataset, data_dir, folder, url):
   """Downloads, converts or generates a data set's files."""
   if dataset.needs and not importlib.util.find_spec(dataset.needs):
     raise UserError(f'--dataset={dataset.name} needs {dataset.needs} to read '
                     f'its files: pip install {dataset.needs}.')
   # They move to their folder when all of them are whole, not before.
-  partial = folder + '.partial'
+  partial = os.path.join(data_dir, os.path.basename(folder) + '.partial')
   shutil.rmtree(partial, ignore_errors=True)
   os.makedirs(partial)
   try:

@@ -198,7 +198,10 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
         # Before, a signal ends the process.
         until_saved.enter_context(handling_signals(task.signals.append))
         while not session.should_stop() and not task.signals:
-          session.run(train_op)
+          try:
+            session.run(train_op)
+          except tf.errors.DeadlineExceededError as error:
+            _explain(error, dataset, task)  # If nothing is wrong, it was paused.
   except (tf.errors.OpError, ValueError) as error:
     _explain(error, dataset, task)
     raise
@@ -286,6 +289,9 @@ def _not_finite(what):
       'good checkpoint.')
 
 
+# No step takes so long: then the files may have been emptied. Until it is over, no
+# signal is obeyed.
+_STEP_SECS = 1200
 _ESTIMATE_SECS = 300  # From one estimate of the time that is left to the next.
 
 
@@ -316,7 +322,8 @@ class LoggerHook(tf.train.SessionRunHook):
     self._next_estimate = None  # The first line's speed is that of the start.
 
   def before_run(self, run_context):
-    return tf.train.SessionRunArgs(self._fetches)
+    return tf.train.SessionRunArgs(
+        self._fetches, options=tf.RunOptions(timeout_in_ms=_STEP_SECS * 1000))
 
   def after_run(self, run_context, run_values):
     loss_value, self.step = run_values.results
@@ -402,8 +409,8 @@ def read_run(folder):
       raise ValueError('it is no regular file')  # A pipe would never end.
     with tf.io.gfile.GFile(path) as f:
       run = json.load(f)
-    if not isinstance(run['classes'], list):
-      raise ValueError('classes is not a list')
+    if not isinstance(run, dict) or not isinstance(run.get('classes'), list):
+      raise ValueError('it has no list of classes')
     known = {**run['flags'], 'started': run.get('started'),
              'classes': tuple(map(str, run['classes']))}
     if not isinstance(known.get('max_steps', 0), int):

@@ -287,7 +287,8 @@ def test_muon_centres_gradients_and_moves_kernels_equally_far_all_ways():
   normal = np.random.default_rng(0).normal
   gradients = {'kernel': normal(1, 1, [5, 5, 2, 8]),
                'matrix': normal(1, 1, [6, 4]), 'biases': normal(1, 1, [4]),
-               'at_three_places': normal(1, 1, [3, 6, 4])}
+               'at_three_places': normal(1, 1, [3, 6, 4]),
+               'local_biases': normal(1, 1, [3, 3, 4])}
   variables = {name: tf.get_variable(name, initializer=tf.zeros(value.shape))
                for name, value in gradients.items()}
   loss = tf.add_n([tf.reduce_sum(variables[name] * value.astype(np.float32))
@@ -304,6 +305,8 @@ def test_muon_centres_gradients_and_moves_kernels_equally_far_all_ways():
   matrix = gradients['matrix']
   np.testing.assert_allclose(
       moved['matrix'], 1.9 * (matrix - matrix.mean(axis=0)), atol=1e-5)
+  np.testing.assert_allclose(
+      moved['local_biases'], 1.9 * gradients['local_biases'], rtol=1e-5)
   local = gradients['at_three_places']
   np.testing.assert_allclose(
       moved['at_three_places'],

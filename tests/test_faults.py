@@ -536,6 +536,18 @@ def test_file_that_spoils_a_training_is_named(
   assert cifar10_train.latest_checkpoint(str(tmp_path / 'run'))
 
 
+def test_files_that_are_all_emptied_are_named_when_a_step_takes_too_long(
+    own_data, train, in_step, tmp_path, monkeypatch):
+  def spoil():
+    for name in TINY.train_files:
+      os.truncate(own_data / name, 0)
+
+  monkeypatch.setattr(cifar10_train, '_STEP_SECS', 2)
+  in_step(3, spoil)
+  run = train('--data_dir=%s' % (tmp_path / 'data'), '--max_steps=1000000')
+  assert is_one_line(run, own_data / 'first.bin', 'has 0 bytes')
+
+
 def test_every_fault_in_the_table_has_its_test():
   tests = pathlib.Path(__file__).parent
   defined = {name for path in tests.glob('test_*.py') for name in re.findall(
