@@ -160,7 +160,7 @@ def check_cluster(jobs, job, index):
   for name, tasks in jobs.items():
     check(name in ('chief', 'master', 'worker', 'ps'), 'a job in its cluster '
           f'that is none of chief, master, worker, ps, evaluator: {name}.')
-    # A dict such as {"0": ADDRESS} is a list by now, unless numbers are missing.
+    # A dict such as {"0": ADDRESS} is a list by now, unless it has gaps.
     check(isinstance(tasks, list) or not tasks,
           f'gaps in the numbers of {name}: {sorted(tasks)}.')
     for address in tasks:

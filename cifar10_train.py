@@ -198,14 +198,18 @@ def _build_and_run(build, dataset, examples, task, checkpoint):
         # Before, a signal ends the process.
         until_saved.enter_context(handling_signals(task.signals.append))
         while not session.should_stop() and not task.signals:
-          try:
-            session.run(train_op)
-          except tf.errors.DeadlineExceededError as error:
-            _explain(error, dataset, task)  # If nothing is wrong, it was paused.
+          _do_step(session, train_op, dataset, task)
   except (tf.errors.OpError, ValueError) as error:
     _explain(error, dataset, task)
     raise
   return _tell_end(logger.step, task, round(time.monotonic() - start_time))
+
+
+def _do_step(session, train_op, dataset, task):
+  try:
+    session.run(train_op)
+  except tf.errors.DeadlineExceededError as error:
+    _explain(error, dataset, task)  # If nothing is wrong, it was paused.
 
 
 def _tell_end(step, task, secs):
@@ -289,9 +293,7 @@ def _not_finite(what):
       'good checkpoint.')
 
 
-# No step takes so long: then the files may have been emptied. Until it is over, no
-# signal is obeyed.
-_STEP_SECS = 1200
+_STEP_SECS = 1200  # No step takes so long, unless the files were emptied.
 _ESTIMATE_SECS = 300  # From one estimate of the time that is left to the next.
 
 
