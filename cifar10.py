@@ -415,8 +415,7 @@ class MuonOptimizer(tf.train.MomentumOptimizer):
   """
 
   def _resource_apply_dense(self, grad, var):
-    if var.shape.rank > 1 and not var.op.name.endswith('biases'):
-      grad = _centred(grad)
+    grad = _centred(grad)
     if var.shape.rank != 4:
       return super()._resource_apply_dense(grad, var)
     slot, momentum = self.get_slot(var, 'momentum'), self._momentum_tensor
@@ -431,10 +430,14 @@ class MuonOptimizer(tf.train.MomentumOptimizer):
 
 
 def _centred(weights):
-  """Takes from the weights of each output their mean."""
+  """Takes from the weights of each output their mean.
+
+  Only of kernels and matrices: biases, and what has a place for its first
+  dimension, stay as they are.
+  """
+  if weights.shape.rank not in (2, 4):
+    return weights
   inputs = list(range(weights.shape.rank - 1))
-  if len(inputs) == 2:  # Of a locally connected layer: places come first.
-    inputs = [1]
   return weights - tf.reduce_mean(weights, inputs, keepdims=True)
 
 

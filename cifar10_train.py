@@ -621,7 +621,7 @@ def _remove_remains():
 
 
 class PathParser(flags.ArgumentParser):
-  """Makes of a flag a folder that TensorFlow can write to: a path or a URL."""
+  """Takes what TensorFlow can write to: a path, made absolute, or a URL."""
 
   def parse(self, argument):
     scheme, _, path = argument.rpartition('://')
@@ -631,7 +631,7 @@ class PathParser(flags.ArgumentParser):
       raise ValueError(r'must do without * ? [ ] \, which mean something else '
                        'to TensorFlow')
     if not argument or scheme and not path.strip('/'):
-      raise ValueError('names no folder')
+      raise ValueError('names neither a folder nor a file')
     if scheme == 'file' and not path.startswith('/'):
       raise ValueError('file:// needs an absolute path')
     if scheme not in ('', 'file'):
@@ -751,6 +751,9 @@ def _define_recipe_flags():
                 'Factor of the L2 losses of local3 and local4.')
   _define_float('moving_average_decay', cifar10.MOVING_AVERAGE_DECAY,
                 'Of the averages of the variables, which are evaluated.', 1.0)
+
+
+# The place in a cluster.
 
 
 def read_cluster():

@@ -173,6 +173,7 @@ def test_queue_holds_the_fraction_that_was_asked_for(tiny_flags):
 def test_recipe_and_run_file_say_what_the_command_line_does_not(
     train, tmp_path):
   recipe = cifar10.RECIPES['strong']
+  assert set(recipe) <= set(cifar10_train.SHAPING_FLAGS)
   run = train('--recipe=strong', '--max_steps=2', '--learning_rate=0.01')
   assert run.code == 0, run.stderr
   written = json.loads((tmp_path / 'run' / 'run.json').read_text())
