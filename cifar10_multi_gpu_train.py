@@ -262,7 +262,7 @@ class Cluster(cifar10_train.Task, tf.train.SessionRunHook):
       if not isinstance(error, (UserError, OSError, tf.errors.OpError)):
         traceback.print_exc()
       code, message = 1, what_went_wrong(error)
-      if self.is_chief:  # If it still trains, it saves what it has.
+      if 'run' in self.status:  # A chief that still trains saves what it has.
         self.signals.append(signal.SIGTERM)
         concurrent.futures.wait([training], 10)
     if self.is_chief:

@@ -484,15 +484,17 @@ def test_pipe_that_nobody_reads_does_not_end_training(command, tmp_path):
 
 def test_closed_stderr_does_not_keep_a_training_from_its_start(
     command, tmp_path):
+  # No file that is opened later may become the new stderr.
+  code = '''if True:
+      import sys, cifar10_input
+      with open(sys.argv[1]) as script:
+        assert script.fileno() > 2
+        sys.argv[:] = sys.argv[1:]
+        exec(script.read())'''
   subprocess.run(
-      ['sh', '-c', '"$@" 2>&-', 'sh', sys.executable, *command,
-       '--max_steps=1'], stdout=subprocess.DEVNULL, check=True)
+      ['sh', '-c', '"$@" 2>&-', 'sh', sys.executable, '-c', code, *command,
+       '--max_steps=1'], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
   assert newest_step(tmp_path / 'run') == 1
-  path = tmp_path / 'some file'  # It must not become the new stderr.
-  subprocess.run(
-      ['sh', '-c', '"$@" 2>&-', 'sh', sys.executable, '-c',
-       'import sys, cifar10_input; f = open(sys.argv[1], "w"); '
-       'sys.exit(f.fileno() == 2)', str(path)], cwd=ROOT, check=True)
 
 
 # Data that is not as it should be.

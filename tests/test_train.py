@@ -532,7 +532,7 @@ def test_every_number_has_a_bound_that_tensorflow_can_carry(
     ('--seed=x', ['seed', 'x']), ('--use_fp16=maybe', ['use_fp16', 'maybe']),
     ('--dataset=mnist', ['dataset', 'cifar10, cifar100, cifar100_coarse']),
     ('--train_dir=/tmp/[1]', ['train_dir', '[ ]']),
-    ('--train_dir=', ['train_dir', 'no folder']),
+    ('--train_dir=', ['train_dir', 'neither a folder']),
     ('--use_fp16 --use_bfloat16', ['use_fp16', 'use_bfloat16']),
     ('--deterministic', ['--seed']), ('--nooverwrite=3', ['overwrite']),
     ('--nonsense=1', ['nonsense']), ('stray', ['stray']),
