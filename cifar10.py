@@ -5,55 +5,45 @@
     total_loss = loss(logits, labels)
     train_op = train(total_loss, tf.train.get_or_create_global_step())
 
-These verbs build a graph. cifar10_train.py and its siblings run it, or a script
-of your own does.
+These verbs build a graph. cifar10_train.py and its siblings run it, or your own
+script does.
 """
 import dataclasses
-import sys
+import os
 
 import numpy as np
 
-import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
+import cifar10_input  # Before TensorFlow: it hides the start-up messages.
 import tensorflow.compat.v1 as tf
 
-# Known to readers as constants of this module.
+# Readers know these as constants of this module.
 from cifar10_input import (
     DATA_URL, IMAGE_SIZE, NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_EVAL,
     NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN)
 
 FLAGS = tf.flags.FLAGS
-
-
-def define_flags():
-  """Defines the flags that this module reads."""
-  tf.flags.DEFINE_integer('batch_size', 128, 'Images a batch.', lower_bound=1,
-                          upper_bound=1000000)
-  tf.flags.DEFINE_string(
-      'data_dir', '/tmp/cifar10_data', 'Local folder of the data sets.')
-  tf.flags.DEFINE_boolean(
-      'use_fp16', False, 'Compute activations in float16, on GPUs; variables '
-      'and losses stay in float32.')
-
-
-if 'kernel_launcher' in sys.argv[0]:
-  del sys.argv[1:]  # A notebook: these are for its kernel, not for us.
-define_flags()
-script_flags = set()  # Those that a script has defined: it may run again.
+tf.flags.DEFINE_integer('batch_size', 128, 'Images in a batch.', lower_bound=1)
+tf.flags.DEFINE_string(
+    'data_dir', '/tmp/cifar10_data', 'Local folder of the data sets.')
+tf.flags.DEFINE_boolean(
+    'use_fp16', False, 'Compute activations in float16, on GPUs. Variables and '
+    'losses stay in float32.')
 
 # How the original trains. A script may set these before it builds a graph.
 INITIAL_LEARNING_RATE = 0.1       # The largest round number that works.
-NUM_EPOCHS_PER_DECAY = 350.0      # So long the loss falls at one rate.
-LEARNING_RATE_DECAY_FACTOR = 0.1  # What the rate is multiplied with then.
-WEIGHT_DECAY = 0.004              # As cuda-convnet has it, on two layers.
-MOVING_AVERAGE_DECAY = 0.9999     # Over some 10,000 steps: 25 epochs.
+NUM_EPOCHS_PER_DECAY = 350.0      # Epochs until the learning rate drops.
+LEARNING_RATE_DECAY_FACTOR = 0.1  # Factor of each drop.
+WEIGHT_DECAY = 0.004              # As in cuda-convnet, on two layers.
+MOVING_AVERAGE_DECAY = 0.9999     # Averages over about 10,000 steps.
 
-# What the names of the operations of each tower of a multi-GPU run start with.
+# The towers of a multi-GPU run are named tower_0, tower_1, ...
 TOWER_NAME = 'tower'
 
 
-def _constant(read):
-  """A field with a constant for default, as a script may have set it."""
-  return dataclasses.field(default_factory=read)
+def _flag(default, help_text, lower=None, upper=None, choices=None):
+  """A field of a recipe of which cifar10_train.py makes a flag."""
+  return dataclasses.field(default=default, metadata={
+      'help': help_text, 'bounds': (lower, upper), 'choices': choices})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,50 +54,67 @@ class Recipe:
       logits = inference(images, recipe)
   """
   # The network.
-  num_classes: int = _constant(lambda: NUM_CLASSES)
-  model: str = 'default'  # Or 'local': locally connected layers at the top.
-  dtype: tf.DType = _constant(  # Of activations.
-      lambda: tf.float16 if FLAGS.use_fp16 else tf.float32)
+  image_size: int = _flag(24, 'Pixels of each side that the network sees.', 8)
+  model: str = _flag('default', 'Top layers: fully or locally connected.',
+                     choices=['default', 'local'])
+  num_classes: int = 10
+  dtype: str = 'float32'  # Of activations: float32, float16 or bfloat16.
 
   # Its training.
-  learning_rate: float = _constant(lambda: INITIAL_LEARNING_RATE)
-  schedule: str = 'staircase'  # Or 'linear' or 'cosine', which end at zero.
-  decay_steps: int = _constant(  # From one stair to the next, or to zero.
-      lambda: steps_per_decay(
-          NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN, FLAGS.batch_size))
-  momentum: float = 0.0  # Nesterov's; plain gradient descent has none.
-  optimizer: str = 'descent'  # Or 'muon': see `MuonOptimizer`.
-  label_smoothing: float = 0.0  # Share of each label that all classes get.
-  weight_decay: float = _constant(lambda: WEIGHT_DECAY)
-  moving_average_decay: float = _constant(lambda: MOVING_AVERAGE_DECAY)
+  max_steps: int = _flag(
+      100000, 'Steps to train for, earlier runs included.', 1)
+  batch_size: int = 128
+  examples_per_epoch: int = 50000
+  crop_margin: int = _flag(
+      0, 'Pixels by which crops may reach beyond the edges of a picture.', 0)
+  learning_rate: float = _flag(
+      INITIAL_LEARNING_RATE, 'Initial learning rate.', 0)
+  learning_rate_schedule: str = _flag(
+      'staircase', 'How the learning rate falls: tenfold every 350 epochs, or '
+      'evenly to zero at --max_steps.', choices=['staircase', 'linear'])
+  momentum: float = _flag(0.0, 'Nesterov momentum; 0 is plain SGD.', 0, 1)
+  optimizer: str = _flag('sgd', 'Plain SGD, or Muon (Jordan et al. 2024).',
+                         choices=['sgd', 'muon'])
+  label_smoothing: float = _flag(
+      0.0, 'Share of each label that is spread over all classes.', 0, 1)
+  weight_decay: float = _flag(
+      WEIGHT_DECAY, 'Factor of the L2 losses of local3 and local4.', 0)
+  moving_average_decay: float = _flag(
+      MOVING_AVERAGE_DECAY, 'Decay of the moving averages of the variables, '
+      'which evaluation uses.', 0, 1)
 
 
-def steps_per_decay(examples_per_epoch, examples_per_step):
-  """Returns after how many steps the staircase falls, at least one."""
-  return max(
-      1, int(examples_per_epoch / examples_per_step * NUM_EPOCHS_PER_DECAY))
-
-
-# The recipes that --recipe knows: the flags whose defaults each changes.
 # Muon, smoothing and the margin were chosen with --dataset=cifar10_holdout; the
 # other values by an earlier search, on test images.
-_FAST = {
-    'max_steps': 14000,
-    'batch_size': 64,           # Neither better nor worse than 128.
-    'image_size': 28,           # 1.5 points better than 24, a third slower.
-    'learning_rate': 0.02,
-    'learning_rate_schedule': 'linear',
-    'momentum': 0.9,            # 3 points better than none, in short runs.
-    'optimizer': 'muon',        # 2.6 points, after 6,000 steps.
-    'label_smoothing': 0.1,     # 0.4 points, after 14,000 steps.
-    'weight_decay': 0.008,      # With 0.004, it learns images by heart.
-    'moving_average_decay': 0.999}
+_FAST = Recipe(
+    max_steps=14000,
+    batch_size=64,           # Neither better nor worse than 128.
+    image_size=28,           # 1.5 points better than 24, a third slower.
+    learning_rate=0.02,
+    learning_rate_schedule='linear',
+    momentum=0.9,            # 3 points better than none, in short runs.
+    optimizer='muon',        # 2.6 points, after 6,000 steps.
+    label_smoothing=0.1,     # 0.4 points, after 14,000 steps.
+    weight_decay=0.008,      # With 0.004, it learns images by heart.
+    moving_average_decay=0.999)
+
 RECIPES = {
-    'original': {},
+    'original': Recipe(),
     'fast': _FAST,
     # Whole pictures, and yet each at 81 places: 0.5 points, after 14,000 steps.
-    'strong': {**_FAST, 'max_steps': 20000, 'image_size': 32, 'crop_margin': 4},
+    'strong': dataclasses.replace(
+        _FAST, max_steps=20000, image_size=32, crop_margin=4),
 }
+
+
+def original_recipe():
+  """Returns the original's recipe, from flags and constants as they are now."""
+  return Recipe(
+      image_size=cifar10_input.IMAGE_SIZE, num_classes=NUM_CLASSES,
+      dtype='float16' if FLAGS.use_fp16 else 'float32',
+      batch_size=FLAGS.batch_size, learning_rate=INITIAL_LEARNING_RATE,
+      examples_per_epoch=NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN,
+      weight_decay=WEIGHT_DECAY, moving_average_decay=MOVING_AVERAGE_DECAY)
 
 
 # The input, from where the flags say.
@@ -115,86 +122,69 @@ RECIPES = {
 
 def maybe_download_and_extract():
   """Makes sure that CIFAR-10 is in --data_dir."""
-  cifar10_input.maybe_download_and_extract(
-      cifar10_input.CIFAR10, FLAGS.data_dir, DATA_URL)
+  cifar10_input.prepare(cifar10_input.CIFAR10, FLAGS.data_dir, DATA_URL)
 
 
 def distorted_inputs(dataset=None, batch_size=None, **options):
-  """Builds the input of training, from --data_dir.
+  """Builds the input of training.
 
   Args:
-    dataset: the `cifar10_input.Dataset`; by default CIFAR-10, or what a script
-      has put in its place, see `cifar10_input.described_dataset`.
-    batch_size: images a batch; by default --batch_size.
-    **options: of `cifar10_input.distorted_inputs`, which says what it returns.
+    dataset: the `cifar10_input.Dataset`, from `cifar10_input.prepare`; by
+      default CIFAR-10 in --data_dir, or what a script has put in its place.
+    batch_size: images in a batch; by default --batch_size.
+    **options: see `cifar10_input.distorted_inputs`, also for what it returns.
   """
   images, labels = cifar10_input.distorted_inputs(
-      data_folder(dataset), batch_size or FLAGS.batch_size, dataset, **options)
-  _image_summary('images', images)
+      _folder(dataset), batch_size or FLAGS.batch_size, dataset, **options)
+  _summary(tf.raw_ops.ImageSummary, tag='images', tensor=images)
   return images, labels
 
 
 def inputs(eval_data, dataset=None, **options):
-  """Builds the input of evaluation, from --data_dir.
-
-  Args:
-    eval_data: whether to read the files to evaluate on, or those to train on.
-    dataset: as for `distorted_inputs`.
-    **options: of `cifar10_input.inputs`, which says what it returns.
-  """
+  """Builds the input of evaluation; see `cifar10_input.inputs`."""
   images, labels = cifar10_input.inputs(
-      eval_data, data_folder(dataset), FLAGS.batch_size, dataset, **options)
-  _image_summary('images', images)
+      eval_data, _folder(dataset), FLAGS.batch_size, dataset, **options)
+  _summary(tf.raw_ops.ImageSummary, tag='images', tensor=images)
   return images, labels
 
 
-def data_folder(dataset=None):
-  """Returns where the files of a data set, by default CIFAR-10, lie."""
-  return cifar10_input.data_folder(
-      dataset or cifar10_input.CIFAR10, FLAGS.data_dir)
+def _folder(dataset):
+  return dataset.folder if dataset else os.path.join(
+      os.path.expanduser(FLAGS.data_dir), cifar10_input.CIFAR10.folder)
 
 
 # The network.
 
 
 def inference(images, recipe=None):
-  """Builds the network.
+  """Builds the network; without a `Recipe`, that of the original.
 
-  Args:
-    images: float32 [batch, height, width, 3], from `inputs` or
-      `distorted_inputs`.
-    recipe: the `Recipe`.
-
-  Returns:
-    Logits, float32 [batch, num_classes].
+  Takes images, float32 [batch, height, width, 3], from `inputs` or
+  `distorted_inputs`. Returns logits, float32 [batch, num_classes].
   """
-  recipe = recipe or Recipe()
+  recipe = recipe or original_recipe()
   images = tf.cast(images, recipe.dtype)
 
-  # Edges and colours. 64 filters look at 5x5 pixels each.
+  # Edges and colours. 64 filters look at 5x5 pixels each. Variables have the
+  # name of their scope before their own: 'conv1/weights'.
   with tf.variable_scope('conv1'):
-    kernel, biases = _weights_and_biases(
-        [5, 5, 3, 64], recipe, stddev=0.05, bias=0.0)
-    conv = tf.nn.conv2d(images, kernel, strides=1, padding='SAME')
+    conv, biases = _convolution(images, 64, 0.0, recipe)
     # The tutorial pools after bias and ReLU. Neither changes which value of a
     # window is the largest; pooled first, they have a quarter as many to do.
-    pooled = _max_pool(conv)
-    pre_activation = tf.nn.bias_add(pooled, biases)
+    pre_activation = tf.nn.bias_add(_max_pool(conv), biases)
   pool1 = tf.nn.relu(pre_activation, name='pool1')
   # Channels that answer strongly dampen their neighbours.
   norm1 = local_response_normalization(pool1, name='norm1')
 
   # Combinations of what conv1 found, in a wider part of the picture.
   with tf.variable_scope('conv2'):
-    kernel, biases = _weights_and_biases(
-        [5, 5, 64, 64], recipe, stddev=0.05, bias=0.1)
-    conv = tf.nn.conv2d(norm1, kernel, strides=1, padding='SAME')
+    conv, biases = _convolution(norm1, 64, 0.1, recipe)
     conv2 = tf.nn.relu(tf.nn.bias_add(conv, biases), name='conv2')
   norm2 = local_response_normalization(conv2, name='norm2')
   pool2 = _max_pool(norm2, name='pool2')
 
-  # The picture as a whole. Nine tenths of all weights are in these two layers,
-  # which could learn the training images by heart: so their weights decay.
+  # The picture as a whole. These two layers hold nine tenths of the weights
+  # and would overfit, so only they have weight decay.
   if recipe.model == 'local':
     local3 = _locally_connected('local3', pool2, 32, recipe)
     local4 = _locally_connected('local4', local3, 32, recipe)
@@ -204,8 +194,8 @@ def inference(images, recipe=None):
     local4 = _fully_connected('local4', local3, 192, recipe)
     stddev = 1 / 192.0
 
-  # No softmax here: the loss wants logits, from which it computes a softmax and
-  # its logarithm in one numerically safe operation.
+  # Logits, not probabilities: the loss computes the softmax and its logarithm
+  # in one operation, which is numerically safe.
   with tf.variable_scope('softmax_linear'):
     logits = _affine(local4, recipe.num_classes, recipe, stddev, bias=0.0,
                      name='softmax_linear')
@@ -213,6 +203,41 @@ def inference(images, recipe=None):
   _activation_summaries(conv1=pool1, conv2=conv2, local3=local3, local4=local4,
                         softmax_linear=logits)
   return tf.cast(logits, tf.float32)
+
+
+def _variable_on_cpu(name, shape, initializer):
+  """Makes a variable in the CPU's memory, which all GPUs can reach.
+
+  `get_variable` makes it, or finds it again: so all towers share it. It is
+  float32, as small updates would be lost in 16 bits; layers cast it.
+  """
+  with tf.device('/cpu:0'):
+    return tf.get_variable(name, shape, tf.float32, initializer)
+
+
+def _variable_with_weight_decay(name, shape, stddev, recipe, decay=None):
+  """Makes a variable that starts from a truncated normal distribution.
+
+  With `decay`, decay * L2 loss is added to the collection `losses`.
+  """
+  draw = tf.truncated_normal_initializer(stddev=stddev)
+  variable = _variable_on_cpu(
+      name, shape, draw if recipe.optimizer != 'muon' else
+      lambda shape, dtype, **_: _centred(draw(shape, dtype)))
+  if decay is not None:
+    weight_loss = tf.multiply(
+        tf.nn.l2_loss(variable), decay, name='weight_loss')
+    tf.add_to_collection('losses', weight_loss)
+  return variable
+
+
+def _convolution(images, channels, bias, recipe):
+  """Returns a 5x5 convolution and the biases to add, one for each channel."""
+  kernel = _variable_with_weight_decay(
+      'weights', [5, 5, images.shape[-1], channels], 0.05, recipe)
+  biases = _variable_on_cpu('biases', [channels], tf.constant_initializer(bias))
+  conv = tf.nn.conv2d(images, tf.cast(kernel, images.dtype), 1, 'SAME')
+  return conv, tf.cast(biases, images.dtype)
 
 
 def _max_pool(images, name=None):
@@ -231,63 +256,33 @@ def _fully_connected(name, values, units, recipe):
 def _affine(values, units, recipe, stddev, bias, decay=None, name=None):
   """Matrix product plus biases, [batch, units]."""
   size = values.shape[1:].num_elements()
-  weights, biases = _weights_and_biases(
-      [size, units], recipe, stddev, bias, decay)
-  product = tf.matmul(tf.reshape(values, [-1, size]), weights)
-  return tf.nn.bias_add(product, biases, name=name)
+  weights = _variable_with_weight_decay(
+      'weights', [size, units], stddev, recipe, decay)
+  biases = _variable_on_cpu('biases', [units], tf.constant_initializer(bias))
+  product = tf.matmul(
+      tf.reshape(values, [-1, size]), tf.cast(weights, values.dtype))
+  return tf.nn.bias_add(product, tf.cast(biases, values.dtype), name=name)
 
 
 def _locally_connected(name, images, channels, recipe):
-  """3x3 convolution with weights of its own at each place, then ReLU.
+  """3x3 convolution with other weights at each place, then ReLU.
 
   As in the layers local3 and local4 of cuda-convnet's layers-conv-local-11pct.
   """
   with tf.variable_scope(name):
     _, height, width, depth = images.shape.as_list()
-    weights, biases = _weights_and_biases(
-        [height * width, 9 * depth, channels], recipe, 0.04, bias=0.1,
-        decay=recipe.weight_decay, bias_shape=[height, width, channels])
-    # With the places in front, the layer is a matrix product for each of them.
-    # A patch is nine whole neighbours: faster than `tf.image.extract_patches`.
-    padded = tf.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]])
-    places = tf.reshape(tf.transpose(padded, [1, 2, 0, 3]),
-                        [(height + 2) * (width + 2), -1, depth])
-    number = np.arange((height + 2) * (width + 2)).reshape(height + 2, -1)
-    patches = tf.concat([
-        tf.gather(places, number[y:y + height, x:x + width].ravel())
-        for y in range(3) for x in range(3)], axis=2)
-    products = tf.transpose(tf.matmul(patches, weights), [1, 0, 2])
+    weights = _variable_with_weight_decay(
+        'weights', [height * width, 9 * depth, channels], 0.04, recipe,
+        recipe.weight_decay)
+    biases = _variable_on_cpu('biases', [height, width, channels],
+                              tf.constant_initializer(0.1))
+    patches = tf.image.extract_patches(
+        images, [1, 3, 3, 1], [1, 1, 1, 1], [1, 1, 1, 1], 'SAME')
+    products = tf.einsum(
+        'bpi,pio->bpo', tf.reshape(patches, [-1, height * width, 9 * depth]),
+        tf.cast(weights, images.dtype))
     products = tf.reshape(products, [-1, height, width, channels])
-    return tf.nn.relu(products + biases, name=name)
-
-
-def _weights_and_biases(shape, recipe, stddev, bias, decay=None,
-                        bias_shape=None):
-  """Makes a layer's variables, and returns them as tensors of recipe.dtype.
-
-  The variables are float32: small updates would be lost in 16 bits. Weights
-  start from a truncated normal distribution. With `decay`, decay * L2 loss
-  joins the collection `losses`. There is one bias for each output, the last
-  dimension of `shape`, unless `bias_shape` is given.
-  """
-  draw = tf.truncated_normal_initializer(stddev=stddev)
-
-  def draw_centred(shape, dtype):
-    return _centred(draw(shape, dtype))
-
-  # The CPU's memory is in reach of all GPUs. `get_variable` makes a variable,
-  # or finds it where a second tower asks for it again.
-  with tf.device('/cpu:0'):
-    weights = tf.get_variable(
-        'weights', shape, tf.float32,  # Muon keeps them centred.
-        draw_centred if recipe.optimizer == 'muon' else draw)
-    biases = tf.get_variable(
-        'biases', bias_shape or shape[-1:], tf.float32,
-        tf.constant_initializer(bias))
-  if decay is not None:
-    weight_loss = tf.multiply(tf.nn.l2_loss(weights), decay, name='weight_loss')
-    tf.add_to_collection('losses', weight_loss)
-  return tf.cast(weights, recipe.dtype), tf.cast(biases, recipe.dtype)
+    return tf.nn.relu(products + tf.cast(biases, images.dtype), name=name)
 
 
 def local_response_normalization(
@@ -303,12 +298,8 @@ def local_response_normalization(
   as `tf.nn.lrn` computes it, but in operations that a CPU is good at. To sum
   over neighbouring channels is to multiply with a band matrix of ones, which is
   a 1x1 convolution; with beta = 0.75, s^-beta is two square roots. All of it is
-  in float32.
-
-  Args:
-    images: [batch, height, width, channels], of any floating-point type.
-    depth_radius, bias, alpha: numbers, as above.
-    name: of the result, which has the shape and type of the images.
+  in float32; the result has the shape and type of the images, [batch, height,
+  width, channels].
   """
   beta = 0.75
   channel = np.arange(images.shape.as_list()[-1])
@@ -343,14 +334,9 @@ def local_response_normalization(
 def loss(logits, labels, scope=None, recipe=None):
   """Adds the mean cross entropy to the collection `losses`, and sums that up.
 
-  Args:
-    logits: float32 [batch, num_classes], from `inference`.
-    labels: int32 [batch], from `inputs` or `distorted_inputs`.
-    scope: the name scope whose losses count, as for a tower; None for all.
-    recipe: the `Recipe`.
-
-  Returns:
-    Scalar float32: mean cross entropy plus weight decays.
+  Takes logits, float32 [batch, num_classes], and labels, int32 [batch]. With a
+  name scope, as for a tower, only its losses count. Returns a scalar float32:
+  mean cross entropy plus weight decays.
   """
   cross_entropies = tf.nn.sparse_softmax_cross_entropy_with_logits(
       labels=tf.cast(labels, tf.int64, name='labels'), logits=logits,
@@ -360,46 +346,45 @@ def loss(logits, labels, scope=None, recipe=None):
     cross_entropies += recipe.label_smoothing * (to_all - cross_entropies)
   tf.add_to_collection(
       'losses', tf.reduce_mean(cross_entropies, axis=0, name='cross_entropy'))
-  _precision_summary(logits, labels)
+  with tf.name_scope(None), tf.name_scope('summaries/'):
+    hits = tf.cast(tf.nn.in_top_k(logits, labels, 1), tf.float32)
+    # Evaluation has the same tag.
+    _scalar_summary('Precision @ 1', tf.reduce_mean(hits))
   return tf.add_n(tf.get_collection('losses', scope), name='total_loss')
 
 
 def train(total_loss, global_step, recipe=None):
-  """Builds one step of training.
+  """Builds one step of training; without a `Recipe`, that of the original.
 
-  Args:
-    total_loss: scalar float32, from `loss`.
-    global_step: int64 variable, the number of steps done.
-    recipe: the `Recipe`.
-
-  Returns:
-    The operation that does the step.
+  Takes the scalar float32 of `loss`, and the int64 variable that counts steps.
+  Returns the operation that does the step.
   """
-  recipe = recipe or Recipe()
+  recipe = recipe or original_recipe()
   losses = tf.get_collection('losses') + [total_loss]
   with tf.name_scope('train'):
-    rate = learning_rate(global_step, recipe)
+    rate = learning_rate(global_step, recipe, recipe.batch_size)
     optimizer = make_optimizer(rate, recipe)
     gradients = optimizer.compute_gradients(total_loss)
     update_op = apply_gradients(optimizer, gradients, global_step, recipe)
     return tf.group(update_op, observe(losses, gradients, rate), name='step')
 
 
-def learning_rate(global_step, recipe):
+def learning_rate(global_step, recipe, examples_per_step):
   """Returns the learning rate at a step, a scalar float32."""
-  schedule = recipe.learning_rate, global_step, recipe.decay_steps
-  if recipe.schedule == 'staircase':
-    # Large steps get far, but then jump to and fro over what they look for.
+  if recipe.learning_rate_schedule == 'staircase':
+    # Large steps learn fast at first, but later overshoot the minimum.
+    decay_steps = max(1, int(recipe.examples_per_epoch / examples_per_step
+                             * NUM_EPOCHS_PER_DECAY))
     return tf.train.exponential_decay(
-        *schedule, LEARNING_RATE_DECAY_FACTOR, staircase=True)
-  if recipe.schedule == 'linear':
-    return tf.train.polynomial_decay(*schedule, end_learning_rate=0.0)
-  # Half a wave of the cosine: Loshchilov and Hutter 2017, section 3.
-  return tf.train.cosine_decay(*schedule)
+        recipe.learning_rate, global_step, decay_steps,
+        LEARNING_RATE_DECAY_FACTOR, staircase=True)
+  return tf.train.polynomial_decay(
+      recipe.learning_rate, global_step, recipe.max_steps,
+      end_learning_rate=0.0)
 
 
 def make_optimizer(rate, recipe):
-  """Returns a recipe's optimizer, with `rate` for its learning rate."""
+  """Returns a recipe's optimizer; `rate` is its learning rate."""
   if recipe.optimizer == 'muon':
     return MuonOptimizer(rate, recipe.momentum, use_nesterov=True)
   if recipe.momentum:
@@ -408,7 +393,7 @@ def make_optimizer(rate, recipe):
 
 
 class MuonOptimizer(tf.train.MomentumOptimizer):
-  """Momentum in which no direction of a layer outruns the others.
+  """Momentum whose update is orthogonalised: all directions move equally far.
 
   Gradients lose the mean that they share (Yong et al. 2020); updates of kernels
   get singular values of 0.7 to 1.2 (Jordan et al. 2024) times rate and size.
@@ -430,11 +415,7 @@ class MuonOptimizer(tf.train.MomentumOptimizer):
 
 
 def _centred(weights):
-  """Takes from the weights of each output their mean.
-
-  Only of kernels and matrices: biases, and what has a place for its first
-  dimension, stay as they are.
-  """
+  """Subtracts each output's mean weight (kernels and matrices only)."""
   if weights.shape.rank not in (2, 4):
     return weights
   inputs = list(range(weights.shape.rank - 1))
@@ -444,65 +425,40 @@ def _centred(weights):
 def apply_gradients(optimizer, gradients, global_step, recipe):
   """Returns the operation that updates variables, then their moving averages.
 
-  Args:
-    optimizer: from `make_optimizer`.
-    gradients: list of (gradient, variable) pairs.
-    global_step: int64 variable, raised by one.
-    recipe: the `Recipe`.
+  Takes (gradient, variable) pairs. The operation raises global_step by one.
   """
   apply_gradient_op = optimizer.apply_gradients(gradients, global_step)
-  # Single steps jump around the best values. Their averages are nearer, and are
-  # what evaluation uses. Given the step, the first ones move faster.
+  # Weights oscillate around a good solution. Their moving averages lie closer
+  # to it, and evaluation uses them. Given the step, they move faster at first.
   averages = tf.train.ExponentialMovingAverage(
       recipe.moving_average_decay, global_step)
-  # They have to see the new values, so they wait for them.
+  # Only data flow orders operations; so the averages wait for the new values.
   with tf.control_dependencies([apply_gradient_op]):
     return averages.apply(tf.trainable_variables())
 
 
-# What TensorBoard shows. TensorFlow's own functions make tags from scopes
-# (conv1/conv1_1, total_loss__raw_); raw operations take any tag.
+# What TensorBoard shows. `tf.summary` would number tags that are also names of
+# operations ('conv1/weights_1'); raw operations take any tag.
 
 
 def observe(losses, gradients, rate):
   """Shows losses, (gradient, variable) pairs and the learning rate.
 
-  Returns the operation that moves the averages of the losses.
+  Single losses vary much, so TensorBoard shows their moving averages, too.
+  Returns the operation that updates these.
   """
-  move_averages = []
+  with tf.device('/cpu:0'):
+    averages = tf.train.ExponentialMovingAverage(0.9, name='avg')
+    averages_op = averages.apply(losses)
   for batch_loss in losses:
-    average, moved = _moving_average(batch_loss)
-    move_averages.append(average.assign(moved))
     _scalar_summary(batch_loss.op.name + ' (raw)', batch_loss)
-    _scalar_summary(batch_loss.op.name, moved)
+    _scalar_summary(batch_loss.op.name, averages.average(batch_loss))
   _scalar_summary('learning_rate', rate)
   for gradient, variable in gradients:
     _histogram_summary(variable.op.name, variable)
-    if gradient is not None:  # The loss need not depend on all variables.
+    if gradient is not None:  # The loss may not depend on it.
       _histogram_summary(variable.op.name + '/gradients', gradient)
-  _filter_summary()
-  return tf.group(move_averages)
-
-
-def _moving_average(value):
-  """Returns the variable of a scalar's moving average, and its next value.
-
-  The losses of single batches jump: their averages are for looking at. The
-  variables have the names that they have in the original's checkpoints. An
-  `ExponentialMovingAverage` of tensors would begin at zero, not at the first.
-  """
-  with tf.name_scope(None), tf.device('/cpu:0'):
-    average = tf.Variable(0.0, trainable=False, name=value.op.name + '/avg')
-  moved = 0.9 * average + 0.1 * value
-  return average, tf.where_v2(tf.equal(average, 0.0), value, moved)
-
-
-def _precision_summary(logits, labels):
-  """How many of a batch are right; evaluation's has the same tag."""
-  with tf.name_scope(None), tf.name_scope('summaries/'):
-    hits = tf.cast(tf.nn.in_top_k(logits, labels, 1), tf.float32)
-    precision = tf.reduce_mean(hits)
-  _scalar_summary('Precision @ 1', precision)
+  return averages_op
 
 
 def _activation_summaries(**layers):
@@ -514,36 +470,19 @@ def _activation_summaries(**layers):
     _scalar_summary(layer + '/sparsity', zeros)
 
 
-def _filter_summary():
-  """The filters of conv1, side by side, as colours around grey."""
-  for variable in tf.trainable_variables('conv1/weights'):  # If there is one.
-    with tf.name_scope(None), tf.name_scope('summaries/'):
-      filters = tf.pad(variable, [[1, 0], [1, 0], [0, 0], [0, 0]])
-      height, width, depth, count = filters.shape.as_list()
-      across = int(np.ceil(count ** 0.5))
-      filters = tf.pad(filters, [[0, 0]] * 3 + [[0, across * across - count]])
-      grid = tf.reshape(filters, [height, width, depth, across, across])
-      picture = tf.reshape(tf.transpose(grid, [3, 0, 4, 1, 2]),
-                           [1, across * height, across * width, depth])
-    _image_summary('conv1/filters', picture)
-
-
 def _scalar_summary(tag, value):
-  _summary(tag, lambda: tf.raw_ops.ScalarSummary(tags=tag, values=value))
+  _summary(tf.raw_ops.ScalarSummary, tags=tag, values=value)
 
 
 def _histogram_summary(tag, values):
-  _summary(tag, lambda: tf.raw_ops.HistogramSummary(tag=tag, values=values))
+  _summary(tf.raw_ops.HistogramSummary, tag=tag, values=values)
 
 
-def _image_summary(tag, images):
-  _summary(tag, lambda: tf.raw_ops.ImageSummary(tag=tag, tensor=images))
-
-
-def _summary(tag, draw):
-  """Adds a summary, unless the graph has that tag: the first tower's does."""
+def _summary(operation, **arguments):
+  """Adds a summary, unless the graph has its tag: the first tower's does."""
+  tag = arguments.get('tag') or arguments['tags']
   if tag in tf.get_collection('summary_tags'):
     return
   tf.add_to_collection('summary_tags', tag)
   with tf.name_scope(None), tf.name_scope('summaries/'), tf.device('/cpu:0'):
-    tf.add_to_collection(tf.GraphKeys.SUMMARIES, draw())
+    tf.add_to_collection(tf.GraphKeys.SUMMARIES, operation(**arguments))

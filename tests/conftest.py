@@ -23,7 +23,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
+import cifar10_input  # Before TensorFlow: it hides the start-up messages.
 import tensorflow.compat.v1 as tf
 
 import cifar10
@@ -92,8 +92,8 @@ def forgotten_flags():
 
 def parse_flags(script, *flags):
   """Defines the flags of a script and parses some, until the test ends."""
-  sys.argv = ['script.py', *flags]
-  cifar10_train.parse_flags(script.define_flags)
+  script.define_flags()
+  FLAGS(['script.py', *flags])
 
 
 # Data.
@@ -107,14 +107,14 @@ TINY = dataclasses.replace(
 # Its records have two label bytes, as those of CIFAR-100.
 TWO_LABELS = dataclasses.replace(
     TINY, label_bytes=2, label_byte=1,
-    classes=tuple('class %d' % i for i in range(100)))
+    classes=tuple(f'class {i}' for i in range(100)))
 
 
 @pytest.fixture(scope='session')
 def tiny_dir(tmp_path_factory):
   """A data directory with the generated pictures of `TINY`."""
   data_dir = tmp_path_factory.mktemp('tiny')
-  cifar10_input.maybe_download_and_extract(TINY, str(data_dir))
+  cifar10_input.prepare(TINY, str(data_dir))
   return data_dir
 
 
@@ -122,8 +122,7 @@ def tiny_dir(tmp_path_factory):
 def synthetic_dir(tmp_path_factory):
   """A data directory with the synthetic data set."""
   data_dir = tmp_path_factory.mktemp('synthetic')
-  cifar10_input.maybe_download_and_extract(
-      cifar10_input.SYNTHETIC, str(data_dir))
+  cifar10_input.prepare(cifar10_input.SYNTHETIC, str(data_dir))
   return data_dir
 
 
@@ -131,7 +130,7 @@ def synthetic_dir(tmp_path_factory):
 def tiny_flags(monkeypatch, tiny_dir):
   """Flags with which a script in this process works on `TINY`."""
   monkeypatch.setitem(cifar10_input.DATASETS, 'synthetic', TINY)
-  return ['--dataset=synthetic', '--data_dir=%s' % tiny_dir, '--batch_size=8']
+  return ['--dataset=synthetic', f'--data_dir={tiny_dir}', '--batch_size=8']
 
 
 def write_random(dataset, folder):
@@ -209,8 +208,10 @@ def call_script(monkeypatch, capfd):
         pytest.raises(SystemExit) as exit_info:
       cifar10_train.run_script(script.main, script.define_flags)
     stdout, stderr = capfd.readouterr()
-    return types.SimpleNamespace(
-        code=exit_info.value.code or 0, stdout=stdout, stderr=stderr)
+    code = exit_info.value.code or 0
+    if isinstance(code, str):  # Python prints it to stderr and exits with 1.
+      code, stderr = 1, f'{stderr}{code}\n'
+    return types.SimpleNamespace(code=code, stdout=stdout, stderr=stderr)
   return call_script
 
 
@@ -218,7 +219,7 @@ def call_script(monkeypatch, capfd):
 def train(call_script, tiny_flags, tmp_path):
   """Function that trains on `TINY` in tmp_path / 'run', in this process."""
   return lambda *flags: call_script(
-      cifar10_train, *tiny_flags, '--train_dir=%s' % (tmp_path / 'run'),
+      cifar10_train, *tiny_flags, f'--train_dir={tmp_path / "run"}',
       '--log_frequency=1', *flags)
 
 
@@ -226,8 +227,8 @@ def train(call_script, tiny_flags, tmp_path):
 def evaluate(call_script, tiny_flags, tmp_path):
   """Function that evaluates that run on `TINY`, in this process."""
   return lambda *flags: call_script(
-      cifar10_eval, *tiny_flags, '--checkpoint_dir=%s' % (tmp_path / 'run'),
-      '--eval_dir=%s' % (tmp_path / 'eval'), *flags)
+      cifar10_eval, *tiny_flags, f'--checkpoint_dir={tmp_path / "run"}',
+      f'--eval_dir={tmp_path / "eval"}', *flags)
 
 
 @pytest.fixture(scope='session')
@@ -285,8 +286,8 @@ def trained(start_script, synthetic_dir, tmp_path_factory):
   """A run of cifar10_train.py over eleven steps, and its train_dir."""
   train_dir = tmp_path_factory.mktemp('trained')
   run = finish(start_script(
-      'cifar10_train', '--dataset=synthetic', '--data_dir=%s' % synthetic_dir,
-      '--train_dir=%s' % train_dir, '--batch_size=8', '--max_steps=11',
+      'cifar10_train', '--dataset=synthetic', f'--data_dir={synthetic_dir}',
+      f'--train_dir={train_dir}', '--batch_size=8', '--max_steps=11',
       '--log_frequency=5', '--save_summary_steps=5'))
   run.train_dir = train_dir
   return run

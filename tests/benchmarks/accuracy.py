@@ -7,17 +7,18 @@ What follows -- are flags of cifar10_train.py. Each seed is trained and its
 checkpoints are evaluated; before and after, the plain formulation is timed. The
 row with that --name is written to results/accuracy.json; then all rows so far
 are printed, and drawn as precision against time, accuracy.png. Interrupted, it
-goes on where it was when it is started again: what is finished in --work_dir is
-not trained anew. --ablation is for variants, which are compared with each other
-only, in results/ablation.json; it does not time the plain formulation.
+goes on where it was when it is started again: it keeps what is finished in
+--work_dir. --ablation is for variants, which are compared with each other only,
+in results/ablation.json; it does not time the plain formulation.
 
 The time of a run is its number of steps times the median ms a step, from the
 speeds in its event files, which cover input and summaries; the plain
 formulation is timed without summaries. plain_curve.json is a run of it that was
-made before there was this benchmark.
+made before this benchmark was written.
 """
 import argparse
 import contextlib
+import dataclasses
 import glob
 import json
 import os
@@ -55,8 +56,8 @@ def main():
   settings = args.settings = settings_of(args.flags)
   row = read(path).get(args.name, {'settings': settings, 'runs': {}})
   if row['settings'] != settings:
-    sys.exit('%s in %s was measured with %s, not %s: give this a --name of its '
-             'own.' % (args.name, path, row['settings'], settings))
+    sys.exit(f'{args.name} in {path} was measured with {row["settings"]}, not '
+             f'{settings}: give this another --name.')
   write(path, args.name, row)
   for seed in map(str, range(1, args.seeds + 1)):
     if seed not in row['runs']:
@@ -71,14 +72,19 @@ def main():
 def settings_of(flags):
   """Returns what flags, and the recipe that they name, change."""
   import cifar10
+  import cifar10_input
   import cifar10_train
   cifar10_train.define_flags()
   cifar10.FLAGS([cifar10_train.__file__, *flags])
-  for name, value in cifar10.RECIPES[cifar10.FLAGS.recipe].items():
-    cifar10.FLAGS.set_default(name, value)
-  names = set().union(*cifar10.RECIPES.values(), (
-      flag.split('=')[0].lstrip('-') for flag in flags))
-  return {name: cifar10.FLAGS[name].value for name in sorted(names)}
+  recipe = dataclasses.asdict(cifar10_train.flags_recipe(
+      cifar10_input.find_dataset(cifar10.FLAGS.dataset)))
+  names = {flag.split('=')[0].lstrip('-') for flag in flags}
+  original = dataclasses.asdict(cifar10.Recipe())
+  for other in cifar10.RECIPES.values():
+    names.update(name for name, value in dataclasses.asdict(other).items()
+                 if value != original[name])
+  return {name: recipe[name] if name in recipe else cifar10.FLAGS[name].value
+          for name in sorted(names)}
 
 
 def read(path):
@@ -104,8 +110,8 @@ def write(path, name, row):
 def measure(args, seed):
   """Trains with one seed, and returns what there is to know of it."""
   kind = 'ablation' if args.ablation else 'accuracy'
-  train_dir = os.path.join(args.work_dir, '%s_%s_%s' % (
-      kind, re.sub(r'\W+', '_', args.name), seed))
+  name = re.sub(r'\W+', '_', args.name)
+  train_dir = os.path.join(args.work_dir, f'{kind}_{name}_{seed}')
   if args.ablation:
     train(args, train_dir, seed)
     return describe(args, train_dir)
@@ -126,14 +132,14 @@ def describe(args, train_dir):
   """Returns figures of a finished run, without the plain formulation's."""
   last = steps_in(train_dir)[-1]
   ms = step_ms(train_dir)
-  batch_size = read(os.path.join(train_dir, 'run.json'))['flags']['batch_size']
+  recipe = read(os.path.join(train_dir, 'run.json'))['recipe']
   return {
       'precision': evaluate(args, train_dir, last),
       'ten_views': evaluate(args, train_dir, last, '--multiview'),
       'ms': ms,
       'seconds': last * ms / 1e3,
       'steps': last,
-      'examples': last * batch_size,
+      'examples': last * recipe['batch_size'],
       'machine': train_speed.machine(),
   }
 
@@ -152,11 +158,12 @@ def points(train_dir):
 
 def train(args, train_dir, seed):
   """Trains to the end, or until we end."""
-  earlier = read(os.path.join(train_dir, 'run.json')).get('flags', {})
+  run = read(os.path.join(train_dir, 'run.json'))
+  earlier = {'dataset': run['dataset'], **run['recipe']} if run else {}
   for name, value in args.settings.items():
     if earlier.get(name, value) != value:
-      sys.exit('%s is left of a run with --%s=%s, not %s: remove it.' % (
-          train_dir, name, earlier[name], value))
+      sys.exit(f'{train_dir} is left of a run with --{name}={earlier[name]}, '
+               f'not {value}: remove it.')
   process = subprocess.Popen(
       [sys.executable, os.path.join(train_speed.SCRIPTS, 'cifar10_train.py'),
        '--train_dir=' + train_dir, '--seed=' + seed, '--max_to_keep=0',
@@ -169,7 +176,7 @@ def train(args, train_dir, seed):
     process.wait()
     raise
   if code:
-    sys.exit('cifar10_train.py ended with exit code %d.' % code)
+    sys.exit(f'cifar10_train.py ended with exit code {code}.')
 
 
 def time_plain(args):
@@ -180,7 +187,7 @@ def time_plain(args):
 
 def step_ms(train_dir):
   """Returns the median of how long steps took."""
-  import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
+  import cifar10_input  # Before TensorFlow: it hides the start-up messages.
   import tensorflow.compat.v1 as tf
   ms = []
   for path in glob.glob(train_dir + '/events.out.tfevents.*'):
@@ -195,7 +202,7 @@ def step_ms(train_dir):
 def evaluate(args, train_dir, step, *flags):
   """Returns precision @ 1 of the checkpoint of a step."""
   with tempfile.TemporaryDirectory() as folder:
-    for path in glob.glob('%s/model.ckpt-%d.*' % (train_dir, step)):
+    for path in glob.glob(f'{train_dir}/model.ckpt-{step}.*'):
       shutil.copy(path, folder)
     shutil.copy(os.path.join(train_dir, 'run.json'), folder)
     return parity.evaluate(folder, args.data_dir, *flags)
@@ -205,18 +212,19 @@ def evaluate(args, train_dir, step, *flags):
 
 
 def print_table(rows):
-  print('\n%-32s %5s %7s %7s %9s %8s %8s %6s' % (
-      '', 'seeds', 'mean', '+-', '10 views', 'steps', 'minutes', 'ratio'))
+  print(f'\n{"":32} {"seeds":>5} {"mean":>7} {"+-":>7} {"10 views":>9} '
+        f'{"steps":>8} {"minutes":>8} {"ratio":>6}')
   for name, row in rows.items():
     runs = list(row['runs'].values())
     if runs:
-      print('%-32s %5d %7.4f %7s %9.4f %8d %8.1f %6s' % (
-          name, len(runs), row['mean'],
-          '%.4f' % row['std'] if row['std'] is not None else '',
-          statistics.mean(run['ten_views'] for run in runs), runs[0]['steps'],
-          train_speed.median(runs, 'seconds') / 60,
-          '%.3f' % train_speed.median(runs, 'ratio')
-          if 'ratio' in runs[0] else ''))
+      deviation = f'{row["std"]:.4f}' if row['std'] is not None else ''
+      ten_views = statistics.mean(run['ten_views'] for run in runs)
+      minutes = train_speed.median(runs, 'seconds') / 60
+      ratio = (f'{train_speed.median(runs, "ratio"):.3f}'
+               if 'ratio' in runs[0] else '')
+      print(f'{name:32} {len(runs):5} {row["mean"]:7.4f} {deviation:>7} '
+            f'{ten_views:9.4f} {runs[0]["steps"]:8} {minutes:8.1f} '
+            f'{ratio:>6}')
 
 
 def draw(rows, path):

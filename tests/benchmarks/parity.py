@@ -44,18 +44,18 @@ def main():
       results = earlier
   for seed in range(1, args.seeds + 1):
     for suite, dtype in VARIANTS:
-      run = '%s %s, seed %d' % (suite, dtype, seed)
+      run = f'{suite} {dtype}, seed {seed}'
       if run not in results['runs']:
         results['runs'][run] = measure(args, run, suite, dtype, seed)
         with open(path, 'w') as f:
           json.dump(results, f)
-      print('%-24s precision %.4f' % (
-          run, results['runs'][run]['precision']), flush=True)
+      print(f'{run:24} precision {results["runs"][run]["precision"]:.4f}',
+            flush=True)
   for suite, dtype in VARIANTS:
     precisions = precisions_of(results, suite, dtype)
-    print('%-24s mean %.4f +- %.4f' % (
-        '%s %s' % (suite, dtype), statistics.mean(precisions),
-        statistics.stdev(precisions) if precisions[1:] else 0))
+    deviation = statistics.stdev(precisions) if precisions[1:] else 0
+    print(f'{f"{suite} {dtype}":24} mean {statistics.mean(precisions):.4f} '
+          f'+- {deviation:.4f}')
   draw(results, os.path.join(train_speed.HERE, 'results', 'parity.png'))
 
 
@@ -86,7 +86,7 @@ def evaluate(train_dir, data_dir, *flags):
 
 def train(data_dir, steps, suite, dtype, seed, train_dir):
   """Trains a variant, and writes the mean loss of every few steps."""
-  import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
+  import cifar10_input  # Before TensorFlow: it hides the start-up messages.
   import tensorflow.compat.v1 as tf
   build = (train_speed.build_plain if suite == 'plain'
            else train_speed.build_ours)
@@ -107,7 +107,7 @@ def train(data_dir, steps, suite, dtype, seed, train_dir):
 
 def precisions_of(results, suite, dtype):
   return [run['precision'] for name, run in results['runs'].items()
-          if name.startswith('%s %s,' % (suite, dtype))]
+          if name.startswith(f'{suite} {dtype},')]
 
 
 def draw(results, path):
@@ -116,10 +116,10 @@ def draw(results, path):
   import matplotlib.pyplot as plt
   figure, axes = plt.subplots(figsize=(8, 4))
   for (suite, dtype), colour in zip(VARIANTS, COLOURS):
-    label = '%s %s: precision %.3f' % (suite, dtype, statistics.mean(
-        precisions_of(results, suite, dtype)))
+    precision = statistics.mean(precisions_of(results, suite, dtype))
+    label = f'{suite} {dtype}: precision {precision:.3f}'
     for name, run in results['runs'].items():
-      if name.startswith('%s %s,' % (suite, dtype)):
+      if name.startswith(f'{suite} {dtype},'):
         steps = [STEPS_PER_POINT * i for i in range(1, len(run['losses']) + 1)]
         axes.plot(steps, run['losses'], color=colour, alpha=0.7, label=label)
         label = None

@@ -12,10 +12,10 @@ ours also move the averages of all variables and losses, as the tutorial does;
 the peers do not. Two more variants of PyTorch have our normalization's forward
 pass, which takes less time than its own.
 
-As in train_speed.py, each figure comes from a process of its own, and the
-variants take turns. Each process starts from the same weights, and its first
-losses must be those of plain in float32. Prints a table; writes
-results/peers.json and a picture, peers.png.
+As in train_speed.py, each figure comes from another process, and the variants
+take turns. Each process starts from the same weights, and its first losses must
+be those of plain in float32. Prints a table; writes results/peers.json and a
+picture, peers.png.
 """
 import argparse
 import functools
@@ -120,7 +120,7 @@ def work(variant, dtype, path, steps):
 
 
 def build_tensorflow(weights, images, labels, dtype, suite):
-  import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
+  import cifar10_input  # Before TensorFlow: it hides the start-up messages.
   import tensorflow.compat.v1 as tf
   batch = [
       tf.identity(tf.get_variable(name, initializer=value, trainable=False))
@@ -137,7 +137,7 @@ def build_tensorflow(weights, images, labels, dtype, suite):
 
 def build_keras(weights, images, labels, dtype, xla=False):
   os.environ['KERAS_BACKEND'] = 'tensorflow'
-  import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
+  import cifar10_input  # Before TensorFlow: it hides the start-up messages.
   import keras
   from keras import layers
   import tensorflow as tf
@@ -235,8 +235,8 @@ def build_torch(weights, images, labels, dtype, compiled=False,
   import torch
   from torch.nn import functional as F
 
-  # Its images are [batch, channels, height, width], whatever their order in
-  # memory; its weights are [outputs, inputs, ...].
+  # Its images are [batch, channels, height, width], in any order in memory; its
+  # weights are [outputs, inputs, ...].
   def place(array):
     tensor = torch.from_numpy(array).contiguous()
     return (tensor.contiguous(memory_format=torch.channels_last)
@@ -298,7 +298,7 @@ def build_torch(weights, images, labels, dtype, compiled=False,
 def take_turns(rounds, steps, path):
   """Returns for each variant and dtype a list of figures, one a round."""
   variants = [variant for variant in VARIANTS if is_possible(variant)]
-  figures = {'%s %s' % (variant, dtype): []
+  figures = {f'{variant} {dtype}': []
              for dtype in TOLERANCES for variant in variants}
   for i in range(rounds):
     for key, each in figures.items():
@@ -309,16 +309,15 @@ def take_turns(rounds, steps, path):
       expected = figures['plain float32'][0]['losses']
       figure['error'] = max(abs(loss / other - 1) for loss, other in zip(
           figure['losses'], expected))
-      print('round %d of %d: %-56s %7.1f ms' % (
-          i + 1, rounds, key, figure['ms']), flush=True)
+      print(f'round {i + 1} of {rounds}: {key:56} {figure["ms"]:7.1f} ms',
+            flush=True)
       if not figure['error'] <= TOLERANCES[dtype]:
-        sys.exit('Its losses are %s and should be %s.' % (
-            figure['losses'], expected))
+        sys.exit(f'Its losses are {figure["losses"]} and should be {expected}.')
   return figures
 
 
 def is_possible(variant):
-  """Returns whether what a variant needs is there; says so if it is not."""
+  """Returns whether a variant has what it needs; prints what is missing."""
   library = variant.split()[0]
   missing = None
   if library in ('jax', 'torch') and not importlib.util.find_spec(library):
@@ -326,23 +325,22 @@ def is_possible(variant):
   elif 'compiled' in variant and not shutil.which(os.getenv('CXX', 'g++')):
     missing = 'a C++ compiler'
   if missing:
-    print('left out: %s, for want of %s' % (variant, missing))
+    print(f'left out: {variant}, which needs {missing}')
   return not missing
 
 
 def print_table(results):
-  print('\n%s' % json.dumps(results['machine']))
-  print('\n%-56s %7s %15s %6s %13s %10s %7s' % (
-      'a step of 128 images', 'ms', 'min to max', 'ours/', 'min to max',
-      'first step', 'error'))
+  print(f'\n{json.dumps(results["machine"])}')
+  print(f'\n{"a step of 128 images":56} {"ms":>7} {"min to max":>15} '
+        f'{"ours/":>6} {"min to max":>13} {"first step":>10} {"error":>7}')
   for key, figures in results['steps'].items():
     ms = [figure['ms'] for figure in figures]
-    ours = 'ours ' + key.split()[-1]
-    print('%-56s %7.1f %7.1f %7.1f %6.2f %6.2f %6.2f %8.1f s %7.0e' % (
-        key, statistics.median(ms), min(ms), max(ms),
-        *train_speed.ratio(results['steps'], ours, key),
-        figures[0]['first_step_secs'],
-        max(figure['error'] for figure in figures)))
+    middle, low, high = train_speed.ratio(
+        results['steps'], 'ours ' + key.split()[-1], key)
+    error = max(figure['error'] for figure in figures)
+    print(f'{key:56} {statistics.median(ms):7.1f} {min(ms):7.1f} '
+          f'{max(ms):7.1f} {middle:6.2f} {low:6.2f} {high:6.2f} '
+          f'{figures[0]["first_step_secs"]:8.1f} s {error:7.0e}')
 
 
 def draw(results, path):

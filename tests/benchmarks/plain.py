@@ -7,7 +7,7 @@ a fault of theirs cannot hide in both.
 """
 import os
 
-import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
+import cifar10_input  # Before TensorFlow: it hides the start-up messages.
 import tensorflow.compat.v1 as tf
 
 
@@ -32,7 +32,7 @@ def build_step(data_dir, batch_size=128, dtype=tf.float32, batch=None):
 
 
 def read_image(data_dir):
-  files = [os.path.join(data_dir, 'data_batch_%d.bin' % i) for i in range(1, 6)]
+  files = [os.path.join(data_dir, f'data_batch_{i}.bin') for i in range(1, 6)]
   filename_queue = tf.train.string_input_producer(files)
   _, value = tf.FixedLengthRecordReader(1 + 3 * 32 * 32).read(filename_queue)
   record = tf.decode_raw(value, tf.uint8)
@@ -136,8 +136,8 @@ def train(loss, global_step, batch_size):
   loss_averages = tf.train.ExponentialMovingAverage(0.9, name='avg')
   loss_averages_op = loss_averages.apply(losses)
   for i, each in enumerate(losses):
-    tf.summary.scalar('loss_%d' % i, each)
-    tf.summary.scalar('loss_%d_average' % i, loss_averages.average(each))
+    tf.summary.scalar(f'loss_{i}', each)
+    tf.summary.scalar(f'loss_{i}_average', loss_averages.average(each))
   with tf.control_dependencies([loss_averages_op]):
     optimizer = tf.train.GradientDescentOptimizer(learning_rate)
     gradients = optimizer.compute_gradients(loss)

@@ -2,11 +2,11 @@
 
     python tests/benchmarks/train_speed.py      # about half an hour
 
-Every figure comes from a process of its own, and the variants take turns, so
-that all of them see a noisy machine alike: compare figures of one run only.
-The limit is our step without its local response normalizations and with one
-constant batch for input, which leaves the convolutions and matrix products.
-No variant writes summaries or checkpoints, which come every 100 steps and every
+Every figure comes from another process, and the variants take turns, so that
+all of them see a noisy machine alike: compare figures of one run only. The
+limit is our step without its local response normalizations and with one
+constant batch for input, which leaves the convolutions and matrix products. No
+variant writes summaries or checkpoints, which come every 100 steps and every
 ten minutes. Prints tables; writes results/train_speed.json and .png.
 """
 import argparse
@@ -23,6 +23,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPTS = os.path.dirname(os.path.dirname(HERE))
 sys.path[:0] = [HERE, SCRIPTS]
 
+IMAGE_SIZE = 24
 WARM_UP_STEPS = 10
 TIMED_STEPS = 40
 LONG_RUN = (500, 5000)  # Steps after which memory is compared.
@@ -90,7 +91,7 @@ def write_records(data_dir):
   random = np.random.default_rng(1)
   folder = os.path.join(data_dir, 'cifar-10-batches-bin')
   os.makedirs(folder)
-  for name in ['data_batch_%d' % i for i in range(1, 6)] + ['test_batch']:
+  for name in [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']:
     records = random.integers(0, 256, [10000, 3073], np.uint8)
     records[:, 0] %= 10
     records.tofile(os.path.join(folder, name + '.bin'))
@@ -102,7 +103,7 @@ def write_records(data_dir):
 def work(suite, dtype, input_, data_dir, batch_size=128, towers=1,
          steps=TIMED_STEPS):
   """Trains a few steps of a variant, prints a dict of figures and exits."""
-  import cifar10_input  # Before TensorFlow, whose start-up chatter it hides.
+  import cifar10_input  # Before TensorFlow: it hides the start-up messages.
   import tensorflow.compat.v1 as tf
   import_secs, import_mb = time.time() - START, resident_mb()
   with tf.Graph().as_default():
@@ -148,7 +149,8 @@ def work_input(data_dir, batch_size=128):
     pass_through = queue.dequeue_many(batch_size)
   planes, _ = cifar10_input.parse_records(record, CIFAR10)
   images = cifar10_input.distort(
-      planes, cifar10_input.draw_distortions(batch_size))
+      planes, cifar10_input.draw_distortions(batch_size, IMAGE_SIZE),
+      IMAGE_SIZE)
   ms = {}
   with tf.Session() as session:
     tf.train.start_queue_runners(session)
@@ -173,8 +175,8 @@ def resident_mb():
 
 def constant_batch(tf, batch_size):
   images = tf.get_variable(
-      'images', initializer=tf.random_normal([batch_size, 24, 24, 3]),
-      trainable=False)
+      'images', trainable=False, initializer=tf.random_normal(
+          [batch_size, IMAGE_SIZE, IMAGE_SIZE, 3]))
   labels = tf.get_variable(
       'labels', initializer=tf.random_uniform([batch_size], 0, 10, tf.int32),
       trainable=False)
@@ -194,17 +196,18 @@ def build_ours(tf, suite, dtype, batch, data_dir, batch_size, towers):
   import cifar10_multi_gpu_train
   import cifar10_train
   cifar10_multi_gpu_train.define_flags()
-  cifar10.FLAGS(['worker', '--data_dir=' + data_dir,
-                 '--batch_size=%d' % batch_size, '--num_gpus=%d' % towers,
-                 '--use_bfloat16=%s' % (dtype == 'bfloat16')])
+  cifar10.FLAGS(['worker', f'--batch_size={batch_size}', f'--num_gpus={towers}',
+                 f'--use_bfloat16={dtype == "bfloat16"}'])
+  dataset = cifar10_input.CIFAR10
   if batch:
     cifar10.distorted_inputs = lambda *args, **kwargs: batch
+  else:
+    dataset = cifar10_input.prepare(dataset, data_dir)
   if suite == 'limit':
     cifar10.local_response_normalization = lambda images, **kwargs: images
   script = cifar10_multi_gpu_train if towers > 1 else cifar10_train
-  dataset = cifar10_input.CIFAR10
   return script.build_step(
-      dataset, cifar10_train.training_recipe(dataset, batch_size * towers),
+      dataset, cifar10_train.flags_recipe(dataset),
       tf.train.get_or_create_global_step())
 
 
@@ -226,13 +229,13 @@ def take_turns(variants, rounds, data_dir):
       figure = run_worker(
           suite=suite, dtype=dtype, input_=input_, data_dir=data_dir)
       figures[name(suite, dtype, input_)].append(figure)
-      print('round %d of %d: %-30s %6.1f ms' % (
-          i + 1, rounds, name(suite, dtype, input_), figure['ms']), flush=True)
+      print(f'round {i + 1} of {rounds}: {name(suite, dtype, input_):30} '
+            f'{figure["ms"]:6.1f} ms', flush=True)
   return figures
 
 
 def name(suite, dtype, input_):
-  return '%s %s%s' % (suite, dtype, ' with input' if input_ else '')
+  return f'{suite} {dtype}{" with input" if input_ else ""}'
 
 
 def grow(rounds, data_dir):
@@ -267,17 +270,16 @@ def ratio(figures, over, under):
 
 def print_tables(results):
   steps = results['steps']
-  print('\n%s' % json.dumps(results['machine']))
-  print('\n%-30s %8s %17s %9s %11s' % (
-      'a step of 128 images', 'ms', 'min to max', 'above import',
-      'first step'))
+  print(f'\n{json.dumps(results["machine"])}')
+  print(f'\n{"a step of 128 images":30} {"ms":>8} {"min to max":>17} '
+        f'{"above import":>9} {"first step":>11}')
   for key, figures in steps.items():
     ms = [figure['ms'] for figure in figures]
-    print('%-30s %8.1f %8.1f %8.1f %9.0f MB %9.1f s' % (
-        key, statistics.median(ms), min(ms), max(ms),
-        median(figures, 'mb') - median(figures, 'import_mb'),
-        median(figures, 'first_step_secs')))
-  print('\n%-62s %6s %14s' % ('ratio, paired', '', 'min to max'))
+    mb = median(figures, 'mb') - median(figures, 'import_mb')
+    print(f'{key:30} {statistics.median(ms):8.1f} {min(ms):8.1f} '
+          f'{max(ms):8.1f} {mb:9.0f} MB '
+          f'{median(figures, "first_step_secs"):9.1f} s')
+  print(f'\n{"ratio, paired":69} {"min to max":>14}')
   for over, under in [
       ('plain float32 with input', 'ours float32 with input'),
       ('plain float32 with input', 'ours bfloat16 with input'),
@@ -285,34 +287,36 @@ def print_tables(results):
       ('ours bfloat16 with input', 'limit bfloat16'),
       ('ours float32 with input', 'ours float32'),
       ('ours bfloat16 with input', 'ours bfloat16')]:
-    print('%-62s %6.2f %6.2f %6.2f' % (
-        ('%s / %s' % (over, under),) + ratio(steps, over, under)))
+    middle, low, high = ratio(steps, over, under)
+    print(f'{f"{over} / {under}":62} {middle:6.2f} {low:6.2f} {high:6.2f}')
   print_growth(results['growth'])
-  print('\nthe input alone, ms for 128 images: %s' % ', '.join(
-      '%s %.1f' % part for part in results['input'].items()))
-  print('resident after %d and %d steps: %.0f and %.0f MB' % (
-      LONG_RUN + (results['long_run']['mb_before'], results['long_run']['mb'])))
-  figures = steps['ours float32 with input']
-  print('until the first step: import %.1f s, graph %.1f s, then %.1f s' % (
-      median(figures, 'import_secs'),
-      median(figures, 'graph_secs') - median(figures, 'import_secs'),
-      median(figures, 'first_step_secs') - median(figures, 'graph_secs')))
+  parts = [f'{part} {ms:.1f}' for part, ms in results['input'].items()]
+  print(f'\nthe input alone, ms for 128 images: {", ".join(parts)}')
+  long_run = results['long_run']
+  print(f'resident after {LONG_RUN[0]} and {LONG_RUN[1]} steps: '
+        f'{long_run["mb_before"]:.0f} and {long_run["mb"]:.0f} MB')
+  imported, built, stepped = (
+      median(steps['ours float32 with input'], f'{part}_secs')
+      for part in ('import', 'graph', 'first_step'))
+  print(f'until the first step: import {imported:.1f} s, graph '
+        f'{built - imported:.1f} s, then {stepped - built:.1f} s')
 
 
 def print_growth(rows):
-  print('\n%-10s %6s %7s %8s %12s %7s' % (
-      'dtype', 'batch', 'towers', 'ms', 'images/sec', 'MB'))
+  print(f'\n{"dtype":10} {"batch":>6} {"towers":>7} {"ms":>8} '
+        f'{"images/sec":>12} {"MB":>7}')
   for row in rows:
-    print('%-10s %6d %7d %8.1f %12.0f %7.0f' % (
-        row['dtype'], row['batch_size'], row['towers'], row['ms'],
-        row['batch_size'] * row['towers'] / row['ms'] * 1e3, row['mb']))
+    speed = row['batch_size'] * row['towers'] / row['ms'] * 1e3
+    print(f'{row["dtype"]:10} {row["batch_size"]:6} {row["towers"]:7} '
+          f'{row["ms"]:8.1f} {speed:12.0f} {row["mb"]:7.0f}')
   each_ms = {(row['dtype'], row['towers'], row['batch_size']): row['each_ms']
              for row in rows}
   for dtype in ('float32', 'bfloat16'):
     ratios = [two / one for two, one in zip(
         each_ms[dtype, 2, 64], each_ms[dtype, 1, 128])]
-    print('%s: two towers of 64 / one batch of 128: %.2f (%.2f to %.2f)' % (
-        dtype, statistics.median(ratios), min(ratios), max(ratios)))
+    print(f'{dtype}: two towers of 64 / one batch of 128: '
+          f'{statistics.median(ratios):.2f} ({min(ratios):.2f} to '
+          f'{max(ratios):.2f})')
 
 
 def draw(results, path):
@@ -332,8 +336,8 @@ def draw_bars(ms, colours, on, path):
   bars = axes.barh(list(ms), list(ms.values()), color=colours)
   axes.bar_label(bars, fmt=' %.0f')
   axes.invert_yaxis()
-  axes.set_xlabel('ms a step of 128 images, %s, %d cores' % (
-      on['cpu'], on['processors']))
+  axes.set_xlabel(
+      f'ms a step of 128 images, {on["cpu"]}, {on["processors"]} cores')
   axes.spines[['top', 'right']].set_visible(False)
   figure.tight_layout()
   figure.savefig(path, dpi=110)
