@@ -126,13 +126,10 @@ def maybe_download_and_extract():
 
 
 def distorted_inputs(dataset=None, batch_size=None, **options):
-  """Builds the input of training.
+  """Builds the input of training; see `cifar10_input.distorted_inputs`.
 
-  Args:
-    dataset: the `cifar10_input.Dataset`, from `cifar10_input.prepare`; by
-      default CIFAR-10 in --data_dir, or what a script has put in its place.
-    batch_size: images in a batch; by default --batch_size.
-    **options: see `cifar10_input.distorted_inputs`, also for what it returns.
+  The `Dataset` is from `cifar10_input.prepare`; by default it is CIFAR-10 in
+  --data_dir, or what a script has put in its place.
   """
   images, labels = cifar10_input.distorted_inputs(
       _folder(dataset), batch_size or FLAGS.batch_size, dataset, **options)

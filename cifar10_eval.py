@@ -93,13 +93,11 @@ class Evaluation:
       central = images[:FLAGS.batch_size]  # The first of the views.
       self._fetches = central, labels, _probabilities(images, run.recipe)
       self._summary = tf.summary.merge_all()
-      variables = variables_to_restore()
-      saver = tf.train.Saver(variables)
       # A graph cannot change after its first session: all is made here.
+      restore = make_restorer()
       self._scaffold = tf.train.Scaffold(
-          saver=saver, init_op=tf.no_op(), init_fn=lambda _, session:
-          cifar10_train.restore_checkpoint(
-              self._checkpoint, saver, session, variables))
+          init_op=tf.no_op(),
+          init_fn=lambda _, session: restore(self._checkpoint, session))
     self._writer = tf.summary.FileWriter(cifar10_train.full_path(
         FLAGS.eval_dir or os.path.join(folder, 'eval')), self._graph)
 
@@ -241,18 +239,15 @@ def _probabilities(images, recipe):
   return tf.reduce_mean(by_view, axis=0)
 
 
-def variables_to_restore():
-  """Returns the variables by the names of what is restored to them."""
-  if not FLAGS.use_moving_average:
-    return {v.op.name: v for v in tf.trainable_variables()}
-  return tf.train.ExponentialMovingAverage(
-      cifar10.MOVING_AVERAGE_DECAY).variables_to_restore()
-
-
-def _restore(checkpoint, session):
-  variables = variables_to_restore()
-  cifar10_train.restore_checkpoint(
-      checkpoint, tf.train.Saver(variables), session, variables)
+def make_restorer():
+  """Returns a function that restores a checkpoint to a session."""
+  variables = {v.op.name: v for v in tf.trainable_variables()}
+  if FLAGS.use_moving_average:  # Their averages take their place.
+    variables = tf.train.ExponentialMovingAverage(
+        cifar10.MOVING_AVERAGE_DECAY).variables_to_restore()
+  saver = tf.train.Saver(variables)
+  return lambda checkpoint, session: cifar10_train.restore_checkpoint(
+      checkpoint, saver, session, variables)
 
 
 # Single pictures, and a model to serve.
@@ -265,7 +260,7 @@ def predict(paths):
     planes = tf.placeholder(
         tf.uint8, [1, 3, cifar10_input.HEIGHT, cifar10_input.WIDTH])
     probabilities = _classify(planes, run.recipe)
-    _restore(checkpoint, session)
+    make_restorer()(checkpoint, session)
     for path in paths:
       picture = cifar10_input.read_picture(path)
       values = session.run(probabilities, {planes: [picture]})[0]
@@ -294,7 +289,7 @@ def export(folder):
     signatures = {'serving_default': _signature(images, images, run)}
     with tf.variable_scope('', reuse=True):  # The same variables again.
       signatures['encoded'] = _signature(encoded, decoded, run)
-    _restore(checkpoint, session)
+    make_restorer()(checkpoint, session)
     builder = tf.saved_model.Builder(folder)
     builder.add_meta_graph_and_variables(session, ['serve'], signatures)
     builder.save()

@@ -79,8 +79,7 @@ DATA_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 # The shuffle queue keeps this part of an epoch, so that batches are well mixed.
 MIN_FRACTION_OF_EXAMPLES_IN_QUEUE = 0.4
 
-# Records read per call. A Python thread starts each call: with one record each,
-# that would take longer than the rest of the input.
+# Records read per call: a Python thread starts each call, which takes time.
 _RECORDS_PER_READ = 256
 
 
@@ -473,8 +472,7 @@ class Distortions(typing.NamedTuple):
   left: tf.Tensor
   flip: tf.Tensor        # bool [batch], whether to mirror it left to right.
   brightness: tf.Tensor  # float32 [batch], added to each value.
-  contrast: tf.Tensor    # float32 [batch], factor of each value's distance from
-                         # its channel's mean.
+  contrast: tf.Tensor    # float32 [batch], about each channel's mean.
 
 
 def draw_distortions(batch_size, image_size, crop_margin=0):
@@ -540,8 +538,7 @@ def _crop_and_flip(planes, distortions, image_size):
   return tf.reshape(selected, [-1, DEPTH, image_size, image_size])
 
 
-# How a view differs from the central crop: pixels down and right, as far as the
-# picture reaches, and whether it is mirrored.
+# Views: pixels down and right of the central crop, and whether it is mirrored.
 CENTRAL_VIEW = ((0, 0, False),)
 TEN_VIEWS = tuple(
     (down, right, flip) for flip in (False, True)

@@ -11,17 +11,30 @@ towers share them, or the CPU: that saves no time, but can be tried everywhere.
 Started on several machines, each with its place in a `TF_CONFIG`, the script is
 a TensorFlow cluster; README.md has an example.
 """
+import concurrent.futures
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+
 import cifar10_input  # Before TensorFlow: it hides the start-up messages.
 import tensorflow.compat.v1 as tf
 
 import cifar10
 import cifar10_train
+from cifar10_input import UserError
 
 FLAGS = tf.flags.FLAGS
 
 
 def train():
-  """Trains on --num_gpus towers."""
+  """Trains on --num_gpus towers, here or in each task of a cluster."""
+  task = read_cluster()
+  if task:
+    task.run()
   with cifar10_train.locked(FLAGS.train_dir) as train_dir:
     cifar10_train.run_training(train_dir, build_step, FLAGS.num_gpus)
 
@@ -101,6 +114,179 @@ def _average(tensors, name):
   return tf.multiply(total, 1 / len(tensors), name=name)
 
 
+# Many machines: a TensorFlow cluster.
+
+
+def read_cluster():
+  """Returns this task of the cluster in TF_CONFIG, or None without a ps."""
+  try:
+    config = json.loads(os.environ.get('TF_CONFIG') or '{}')
+    if 'ps' not in config.get('cluster', {}):
+      return None
+    return Task(config['cluster'], config['task']['type'],
+                int(config['task']['index']))
+  except Exception as error:  # JSON can have any shape.
+    raise UserError(f'TF_CONFIG cannot be used: {error!r}') from error
+
+
+class Task(tf.train.SessionRunHook):
+  """One task of a cluster.
+
+  Parameter servers (ps) hold the variables. The chief and the workers compute,
+  each on its own batches; the chief also initializes, saves and summarizes. If
+  a task dies, start all again: they continue from the last checkpoint.
+  """
+
+  def __init__(self, jobs, job, index):
+    self._jobs, self._job, self._index = jobs, job, index
+    self._name = f'{job} {index} at {jobs[job][index]}'
+    self._servers = [f'/job:ps/task:{i}' for i in range(len(jobs['ps']))]
+    self._device = f'/job:{job}/task:{index}'
+    self._worker = index + 1 if job == 'worker' else 0
+    self._num_workers = len(jobs['chief'] + jobs.get('worker', []))
+    # A session waits for all tasks that it can see, even for those that have
+    # left: so it sees the servers only.
+    self._config = tf.ConfigProto(device_filters=['/job:ps', self._device])
+    # TensorFlow cannot fuse bfloat16 operations in a cluster.
+    rewriting = self._config.graph_options.rewrite_options
+    rewriting.remapping = rewriting.OFF
+    self._graph, self._give_tokens, self._meet = None, None, []
+    self._train_dir = cifar10_train.full_path(FLAGS.train_dir)
+
+  def run(self):
+    """Does what the task is for, and ends the process."""
+    act = {'ps': self._serve, 'chief': self._lead}.get(self._job, self._train)
+    for signum in signal.SIGINT, signal.SIGTERM:  # A worker just ends.
+      signal.signal(signum, signal.SIG_DFL)
+    try:
+      self._server = tf.train.Server(self._jobs, self._job, self._index)
+      code = act()
+    except SystemExit as end:
+      code = end.code
+    except (UserError, OSError, tf.errors.OpError) as error:
+      code = 1
+      print(f'{self._name}: {cifar10_train.first_line(error)}', file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)  # A running server would keep Python from its exit.
+
+  def _session(self, graph=None):
+    return tf.Session(self._server.target, graph=graph, config=self._config)
+
+  def _queue(self, name, server=0):
+    """Returns a queue on a server. All tasks share it by its name."""
+    with tf.device(self._servers[server]):
+      return tf.FIFOQueue(100, [tf.int32], [[]], shared_name=name)
+
+  def _serve(self):
+    """Serves variables until the chief has ended.
+
+    After a signal, the chief needs them to save once more: 15 seconds at most.
+    """
+    with cifar10_train.collecting_signals() as signals, tf.Graph().as_default():
+      num_ends = self._queue('end', self._index).size()
+      session, deadline = self._session(), math.inf
+      while not session.run(num_ends) and time.monotonic() < deadline:
+        if signals:
+          deadline = min(deadline, time.monotonic() + 15)
+        time.sleep(0.2)
+    return 128 + signals[0] if signals else 0
+
+  def _lead(self):
+    """Trains as the chief, in a thread; this thread looks for signals.
+
+    A step may wait inside TensorFlow, where Python's handlers do not run.
+    """
+    # TensorFlow's thread that sums gradients fails when the session closes.
+    threading.excepthook = lambda error: None
+    with cifar10_train.locked(self._train_dir), \
+        cifar10_train.collecting_signals() as signals:
+      self._wait_for_servers()
+      training = concurrent.futures.ThreadPoolExecutor(1).submit(
+          self._train, signals)
+      while not training.done() and not signals:
+        concurrent.futures.wait([training], 0.2)
+      if self._give_tokens and not training.done():
+        # The step may wait for a token that a worker took along.
+        self._session(self._graph).run(self._give_tokens)
+      concurrent.futures.wait([training], 20)
+      with tf.Graph().as_default():
+        self._session().run([self._queue('end', i).enqueue(0)
+                             for i in range(len(self._servers))])
+      # It raises what went wrong.
+      return training.result() if training.done() else 128 + signals[0]
+
+  def _wait_for_servers(self):
+    """Waits until each server reaches all others.
+
+    If a session failed at its start, TensorFlow would make another one, but the
+    queue of tokens, which is on a server, would stay closed.
+    """
+    with tf.Graph().as_default():
+      sizes = [self._queue('end', i).size() for i in range(len(self._servers))]
+      sums = []
+      for server in self._servers:
+        with tf.device(server):
+          sums.append(tf.add_n(sizes))
+      while True:
+        try:
+          return self._session().run(sums)
+        except tf.errors.OpError:
+          time.sleep(0.5)
+
+  def _train(self, signals=()):
+    """Trains as the chief or a worker, which a signal ends at once."""
+    self._hooks = [self]
+    num_workers = self._num_workers if FLAGS.sync_replicas else 1
+    device = tf.train.replica_device_setter(
+        worker_device=self._device, cluster=self._jobs)
+    cifar10_train.run_training(
+        self._train_dir, self._build_step, FLAGS.num_gpus * num_workers,
+        signals, self._server.target, self._worker, device, self._hooks,
+        self._config)
+
+  def _build_step(self, dataset, recipe, global_step):
+    """Builds a step; in a worker, when the chief has let it begin.
+
+    So none comes after the end, and none looks for variables before they have
+    values: TensorFlow would look again after 30 seconds only.
+    """
+    others = self._num_workers - 1
+    if self._worker == 0:
+      self._meet = [self._queue('here').dequeue_many(others),
+                    self._queue('begin').enqueue_many([[0] * others])]
+    else:
+      with tf.Graph().as_default(), self._session() as session:
+        session.run(self._queue('here').enqueue(0))
+        session.run(self._queue('begin').dequeue())
+      cifar10_train.check_run(self._train_dir, dataset, recipe, exactly=True)
+    if FLAGS.sync_replicas:
+      return build_step(dataset, recipe, global_step, self._num_workers,
+                        self._apply_together)
+    return build_step(dataset, recipe, global_step, 1, self._apply_alone)
+
+  def after_create_session(self, session, coord):
+    for operation in self._meet:
+      session.run(operation)
+
+  def _apply_together(self, optimizer, gradients, global_step, recipe):
+    """Updates by the mean of as many gradients as there are workers."""
+    averages = tf.train.ExponentialMovingAverage(
+        recipe.moving_average_decay, global_step)
+    optimizer = tf.train.SyncReplicasOptimizer(
+        optimizer, self._num_workers, self._num_workers, averages,
+        tf.trainable_variables())
+    update_op = optimizer.apply_gradients(gradients, global_step)
+    self._hooks.append(optimizer.make_session_run_hook(self._worker == 0))
+    self._give_tokens = optimizer.get_init_tokens_op(self._num_workers)
+    self._graph = tf.get_default_graph()
+    return update_op
+
+  def _apply_alone(self, optimizer, gradients, global_step, recipe):
+    with tf.device(global_step.device):  # The averages are beside it.
+      return cifar10.apply_gradients(optimizer, gradients, global_step, recipe)
+
+
 def define_flags():
   """Defines the flags of training on several devices."""
   cifar10_train.define_flags()
@@ -109,6 +295,9 @@ def define_flags():
   tf.flags.adopt_module_key_flags(cifar10_train)  # So that --help shows them.
   tf.flags.DEFINE_integer('num_gpus', 1, 'How many towers, each on another GPU '
                           'if there are enough.', 1, 256)
+  tf.flags.DEFINE_boolean(
+      'sync_replicas', True, 'In a cluster: average the gradients of all '
+      'workers in each step. Otherwise, each worker does its own steps.')
 
 
 def main(argv=None):

@@ -159,10 +159,7 @@ def _session(train_dir, target, worker, config, hooks):
 
 
 class LoggerHook(tf.train.SessionRunHook):
-  """Prints loss and speed every --log_frequency steps, and ends the training.
-
-  Takes the loss, a float32 scalar, and the global step after it, an int64.
-  """
+  """Prints loss and speed every --log_frequency steps, and ends training."""
 
   def __init__(self, loss, steps_done, recipe, batches_per_step):
     self._fetches, self._recipe = [loss, steps_done], recipe
@@ -335,8 +332,8 @@ def check_run(train_dir, dataset, recipe, exactly=False):
   fixed = ['image_size', 'model', 'optimizer']
   if bool(recipe.momentum) != bool(run.recipe.momentum):
     fixed.append('momentum')  # Only one of them has variables for it.
-  if recipe.learning_rate_schedule == run.recipe.learning_rate_schedule == (
-      'linear'):
+  if {recipe.learning_rate_schedule,
+      run.recipe.learning_rate_schedule} == {'linear'}:
     fixed.append('max_steps')  # The rate would jump.
   for name, then in dataclasses.asdict(run.recipe).items():
     now = getattr(recipe, name)
@@ -396,7 +393,7 @@ def define_flags():
       'deterministic', False, 'End each run of a --seed, by default 0, with '
       'the same variables, byte for byte.')
   tf.flags.DEFINE_enum('recipe', 'original', list(cifar10.RECIPES),
-                       'Changes the defaults of other flags: see cifar10.py.')
+                       "Values of other flags: the original's, fast, strong.")
   for field in dataclasses.fields(cifar10.Recipe):
     help_text = field.metadata.get('help')
     if help_text and field.type is str:
@@ -415,8 +412,7 @@ def flags_recipe(dataset):
   given = {field.name: FLAGS[field.name].value
            for field in dataclasses.fields(recipe)
            if field.name in FLAGS and not FLAGS[field.name].using_default_value}
-  dtype = ('bfloat16' if FLAGS.use_bfloat16 else
-           'float16' if FLAGS.use_fp16 else 'float32')
+  dtype = 'bfloat16' if FLAGS.use_bfloat16 else cifar10.original_recipe().dtype
   return dataclasses.replace(
       recipe, **given, num_classes=len(dataset.classes), dtype=dtype)
 

@@ -3,6 +3,11 @@
 The tasks of a cluster are processes on this machine; what is killed is killed
 for real.
 """
+import json
+import signal
+import socket
+import time
+
 import numpy as np
 import pytest
 
@@ -14,7 +19,7 @@ import cifar10
 import cifar10_input
 import cifar10_multi_gpu_train
 import cifar10_train
-from cifar10_input import CIFAR10
+from cifar10_input import CIFAR10, UserError
 
 LAYERS = ('conv1', 'conv2', 'local3', 'local4', 'softmax_linear')
 
@@ -109,3 +114,120 @@ def test_tensorboard_shows_the_same_of_towers_as_of_one_device(
   assert rates == pytest.approx([0.1, 0.1, 0.1, 0.01, 0.01])
   assert {tag for _, tag, _ in found} - {'global_step/sec'} == {
       tag for _, tag, _ in events(trained.train_dir)} - {'global_step/sec'}
+
+
+# A cluster.
+
+
+def config(jobs, job, index):
+  return json.dumps(
+      {'cluster': jobs, 'task': {'type': job, 'index': index}})
+
+
+@pytest.mark.parametrize('text, complaint', [
+    ('{"cluster": ', 'JSONDecodeError'),
+    (config({'ps': ['d:4']}, 'ps', 0), 'chief'),
+    (config({'chief': ['a:1'], 'ps': ['d:4']}, 'worker', 0), 'worker'),
+    (config({'chief': ['a:1'], 'ps': ['d:4']}, 'ps', 1), 'IndexError'),
+    (config({'chief': ['a:1'], 'ps': ['d:4']}, 'ps', 'x'), 'x')])
+def test_wrong_tf_config_is_refused_in_one_line(monkeypatch, text, complaint):
+  parse_flags(cifar10_multi_gpu_train)
+  monkeypatch.setenv('TF_CONFIG', text)
+  with pytest.raises(UserError, match=f'TF_CONFIG .*{complaint}'):
+    cifar10_multi_gpu_train.read_cluster()
+
+
+def test_tf_config_without_a_ps_trains_on_one_machine(
+    train_on_towers, monkeypatch):
+  monkeypatch.setenv('TF_CONFIG', config({'chief': ['a:1']}, 'chief', 0))
+  assert train_on_towers('--max_steps=1').code == 0
+
+
+class Cluster:
+  """The processes of a chief, two workers and two ps."""
+
+  def __init__(self, start_script, train_dir, data_dir):
+    sockets = [socket.socket() for _ in range(5)]
+    for each in sockets:
+      each.bind(('127.0.0.1', 0))
+    addresses = [f'127.0.0.1:{each.getsockname()[1]}' for each in sockets]
+    for each in sockets:
+      each.close()
+    self.jobs = {'chief': addresses[:1], 'worker': addresses[1:3],
+                 'ps': addresses[3:]}
+    self.tasks, self._start_script = {}, start_script
+    self._flags = ['--dataset=synthetic', f'--data_dir={data_dir}',
+                   f'--train_dir={train_dir}', '--batch_size=8',
+                   '--log_frequency=1']
+
+  def start(self, *flags, worker_0_flags=()):
+    for job, addresses in self.jobs.items():
+      for i in range(len(addresses)):
+        more = worker_0_flags if (job, i) == ('worker', 0) else ()
+        self.tasks[job, i] = self._start_script(
+            'cifar10_multi_gpu_train', *self._flags, *flags, *more,
+            TF_CONFIG=config(self.jobs, job, i))
+
+  def steps(self, task=('chief', 0)):
+    return printed_steps(self.tasks[task].stdout_path.read_text())
+
+  def reach(self, step):
+    for _ in range(900):
+      if max(self.steps(), default=-1) >= step:
+        return
+      time.sleep(0.1)
+    pytest.fail(self.tasks['chief', 0].stderr_path.read_text())
+
+  def send(self, signum, *tasks):
+    for task in tasks or self.tasks:
+      self.tasks[task].send_signal(signum)
+
+  def codes(self):
+    """Waits for all tasks, and returns their exit codes."""
+    return {task: process.wait(90) for task, process in self.tasks.items()}
+
+
+@pytest.fixture
+def cluster(start_script, synthetic_dir, tmp_path):
+  return Cluster(start_script, tmp_path / 'run', synthetic_dir)
+
+
+@pytest.mark.parametrize('flag, last_steps', [
+    ('--sync_replicas', [12]),
+    ('--nosync_replicas', [12, 13, 14])])  # Workers may do a last step at once.
+def test_cluster_trains_and_all_tasks_end(
+    cluster, tmp_path, flag, last_steps):
+  cluster.start('--max_steps=12', flag)
+  assert set(cluster.codes().values()) == {0}
+  assert newest_step(tmp_path / 'run') in last_steps
+  assert cluster.tasks['chief', 0].stderr_path.read_text() == ''
+  assert cluster.steps(('worker', 0)) and cluster.steps(('worker', 1))
+
+
+def test_sigterm_to_all_saves_and_a_killed_ps_costs_no_run(cluster, tmp_path):
+  cluster.start('--max_steps=100000', '--save_checkpoint_secs=2')
+  cluster.reach(5)
+  cluster.send(signal.SIGTERM)
+  codes = cluster.codes()
+  assert codes['chief', 0] == codes['ps', 0] == codes['ps', 1] == 143
+  reached = newest_step(tmp_path / 'run')
+  assert reached >= max(cluster.steps()) - 1
+  cluster.start('--max_steps=100000', '--save_checkpoint_secs=2')
+  cluster.reach(reached + 2)
+  cluster.send(signal.SIGKILL, ('ps', 1))
+  cluster.send(signal.SIGKILL)  # A task that dies ends the run.
+  cluster.codes()
+  reached = newest_step(tmp_path / 'run')
+  cluster.start(f'--max_steps={reached + 5}')
+  assert set(cluster.codes().values()) == {0}
+  assert newest_step(tmp_path / 'run') == reached + 5
+
+
+def test_worker_with_another_recipe_is_refused(cluster):
+  cluster.start('--max_steps=100000', worker_0_flags=['--momentum=0.5'])
+  refused = cluster.tasks['worker', 0]
+  assert refused.wait(90) == 1
+  line, = refused.stderr_path.read_text().splitlines()
+  assert '--momentum' in line and '0.5' in line
+  cluster.reach(3)  # The others go on.
+  cluster.send(signal.SIGKILL)
