@@ -36,8 +36,7 @@ LEARNING_RATE_DECAY_FACTOR = 0.1  # Factor of each drop.
 WEIGHT_DECAY = 0.004              # As in cuda-convnet, on two layers.
 MOVING_AVERAGE_DECAY = 0.9999     # Averages over about 10,000 steps.
 
-# The towers of a multi-GPU run are named tower_0, tower_1, ...
-TOWER_NAME = 'tower'
+TOWER_NAME = 'tower'  # The towers of a multi-GPU run are tower_0, tower_1, ...
 
 
 def _flag(default, help_text, lower=None, upper=None, choices=None):

@@ -34,19 +34,20 @@ def evaluate():
   folder = cifar10_train.full_path(FLAGS.checkpoint_dir)
   if not FLAGS.run_once and not cifar10_train.checkpoints(folder):
     print(f'Waiting for a checkpoint in {folder}.', flush=True)
-  evaluation, evaluated, next_time = None, None, 0.0
+  evaluation, listed, evaluated = None, -1, None
+  next_time = 0.0
   while True:
-    newest = max(cifar10_train.checkpoints(folder), default=None)
+    newest = max(cifar10_train.checkpoints(folder), default=-1)
     run = cifar10_train.read_run(folder)
-    is_last = FLAGS.run_once or (
-        run and newest and newest >= run.recipe.max_steps)
-    if is_last or newest != evaluated and time.monotonic() >= next_time:
+    is_last = FLAGS.run_once or run and newest >= run.recipe.max_steps
+    if is_last or newest != listed and time.monotonic() >= next_time:
       next_time = time.monotonic() + FLAGS.eval_interval_secs
-      checkpoint, run = latest(folder)
+      listed = newest
+      checkpoint, run = latest(folder)  # The newest may be damaged.
       evaluation = evaluation or Evaluation(folder, run)
-      if newest != evaluated:
+      if checkpoint != evaluated:
         evaluation.eval_once(checkpoint)
-      evaluated = newest
+      evaluated = checkpoint
     if is_last:
       return
     time.sleep(1)
@@ -69,6 +70,8 @@ def latest(folder):
             cifar10.original_recipe(), num_classes=len(classes)))
   given = {name: FLAGS[name].value for name in ('dataset', 'data_dir')
            if not FLAGS[name].using_default_value}
+  if FLAGS.use_fp16:
+    given['recipe'] = dataclasses.replace(run.recipe, dtype='float16')
   return checkpoint, dataclasses.replace(run, **given)
 
 

@@ -202,13 +202,13 @@ class Task(tf.train.SessionRunHook):
     with cifar10_train.locked(self._train_dir), \
         cifar10_train.collecting_signals() as signals:
       self._wait_for_servers()
-      training = concurrent.futures.ThreadPoolExecutor(1).submit(
-          self._train, signals)
+      pool = concurrent.futures.ThreadPoolExecutor(2)
+      training = pool.submit(self._train, signals)
       while not training.done() and not signals:
         concurrent.futures.wait([training], 0.2)
       if self._give_tokens and not training.done():
         # The step may wait for a token that a worker took along.
-        self._session(self._graph).run(self._give_tokens)
+        pool.submit(self._session(self._graph).run, self._give_tokens)
       concurrent.futures.wait([training], 20)
       with tf.Graph().as_default():
         self._session().run([self._queue('end', i).enqueue(0)

@@ -92,7 +92,6 @@ def run_training(train_dir, build, batches_per_step=1, signals=None, target='',
   recipe = dataclasses.replace(recipe, examples_per_epoch=sum(counts.values()))
   if FLAGS.deterministic:
     tf.compat.v2.config.experimental.enable_op_determinism()
-
   with tf.Graph().as_default(), tf.device(device):
     if FLAGS.seed is not None or FLAGS.deterministic:
       tf.set_random_seed((FLAGS.seed or 0) + worker)  # They draw other images.
@@ -110,7 +109,6 @@ def run_training(train_dir, build, batches_per_step=1, signals=None, target='',
               train_dir, target, worker, config, [*hooks, logger]) as session:
       while not session.should_stop() and not signals:
         session.run(train_op)
-
   if signals:
     say(f'Stopped by {signals[0].name}: the same command continues.')
     sys.exit(128 + signals[0])  # As shells expect.
