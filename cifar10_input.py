@@ -48,6 +48,9 @@ def _quiet_stderr():
       os.close(stderr)
 
 
+# By default, TensorFlow uses oneDNN's kernels only on processors with AVX512-VNNI
+# or better. With AVX2 alone, they halve the time of a step.
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
 with _quiet_stderr():
   import tensorflow.compat.v1 as tf
 
