@@ -165,6 +165,8 @@ def inference(images, recipe=None):
   # name of their scope before their own: 'conv1/weights'.
   with tf.variable_scope('conv1'):
     conv, biases = _convolution(images, 64, 0.0, recipe)
+    # Nothing below needs it: it is computed only if it is fetched or shown.
+    conv1 = tf.nn.relu(tf.nn.bias_add(conv, biases), name='conv1')
     # The tutorial pools after bias and ReLU. Neither changes which value of a
     # window is the largest; pooled first, they have a quarter as many to do.
     pre_activation = tf.nn.bias_add(_max_pool(conv), biases)
@@ -196,7 +198,7 @@ def inference(images, recipe=None):
     logits = _affine(local4, recipe.num_classes, recipe, stddev, bias=0.0,
                      name='softmax_linear')
 
-  _activation_summaries(conv1=pool1, conv2=conv2, local3=local3, local4=local4,
+  _activation_summaries(conv1=conv1, conv2=conv2, local3=local3, local4=local4,
                         softmax_linear=logits)
   return tf.cast(logits, tf.float32)
 
@@ -208,7 +210,8 @@ def _variable_on_cpu(name, shape, initializer):
   float32, as small updates would be lost in 16 bits; layers cast it.
   """
   with tf.device('/cpu:0'):
-    return tf.get_variable(name, shape, tf.float32, initializer)
+    return tf.get_variable(
+        name, shape, tf.float32, initializer, use_resource=True)
 
 
 def _variable_with_weight_decay(name, shape, stddev, recipe, decay=None):
@@ -334,9 +337,10 @@ def loss(logits, labels, scope=None, recipe=None):
   name scope, as for a tower, only its losses count. Returns a scalar float32:
   mean cross entropy plus weight decays.
   """
+  labels = tf.cast(labels, tf.int64, name='labels')
+  logits = tf.cast(logits, tf.float32)
   cross_entropies = tf.nn.sparse_softmax_cross_entropy_with_logits(
-      labels=tf.cast(labels, tf.int64, name='labels'), logits=logits,
-      name='cross_entropy_per_example')
+      labels=labels, logits=logits, name='cross_entropy_per_example')
   if recipe and recipe.label_smoothing:  # Szegedy et al. 2016, section 7.
     to_all = tf.reduce_logsumexp(logits, 1) - tf.reduce_mean(logits, 1)
     cross_entropies += recipe.label_smoothing * (to_all - cross_entropies)

@@ -106,7 +106,8 @@ class Evaluation:
 
   def eval_once(self, checkpoint):
     """Evaluates a checkpoint, for the console, TensorBoard and the table."""
-    total = min(FLAGS.num_examples, sum(self._counts.values()))
+    total = sum(self._counts.values())
+    total = min(FLAGS.num_examples or total, total)
     outcome, self._checkpoint = Outcome(self._classes), checkpoint
     keys = (f'{os.path.basename(path)}:{i}'
             for path, count in self._counts.items() for i in range(count))
@@ -344,7 +345,7 @@ def define_flags():
   tf.flags.DEFINE_enum('eval_data', 'test', ['test', 'train_eval'],
                        'Evaluate test examples, or those of training.')
   tf.flags.DEFINE_integer(
-      'num_examples', 10000, 'Examples to evaluate, at most.', lower_bound=1)
+      'num_examples', None, 'Examples to evaluate, if not all.', lower_bound=1)
   tf.flags.DEFINE_integer(
       'eval_interval_secs', 300, 'Least seconds between evaluations.', 0)
   tf.flags.DEFINE_boolean(

@@ -28,6 +28,7 @@ LOSSES = ['cross_entropy', 'local3/weight_loss', 'local4/weight_loss',
           'total_loss']
 
 LAYERS = {
+    'conv1/conv1': [24, 24, 64],
     'pool1': [12, 12, 64], 'norm1': [12, 12, 64], 'conv2/conv2': [12, 12, 64],
     'norm2': [12, 12, 64], 'pool2': [6, 6, 64], 'local3/local3': [384],
     'local4/local4': [192], 'softmax_linear/softmax_linear': [10]}
@@ -197,6 +198,34 @@ def test_loss_is_cross_entropy_and_weight_decays(
   assert total == pytest.approx(sum(expected.values()), rel=1e-5)
 
 
+
+def test_conv1_is_before_pooling_as_in_the_tutorial():
+  images, _ = _batch(2)
+  cifar10.inference(tf.constant(images))
+  graph = tf.get_default_graph()
+  conv1, pool1 = (graph.get_tensor_by_name(name + ':0')
+                  for name in ('conv1/conv1', 'pool1'))
+  weights, biases = tf.trainable_variables()[:2]
+  expected = tf.nn.relu(tf.nn.conv2d(images, weights, 1, 'SAME') + biases)
+  with _session() as session:
+    found, pooled, expected, expected_pooled = session.run(
+        [conv1, pool1, expected, tf.nn.max_pool(expected, 3, 2, 'SAME')])
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  np.testing.assert_allclose(pooled, expected_pooled, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.int64])
+def test_loss_takes_any_integer_labels_and_floating_logits(dtype):
+  logits = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float16)
+  labels = np.arange(4)
+  loss = cifar10.loss(tf.constant(logits), tf.constant(labels.astype(dtype)))
+  shares = np.exp(logits.astype(np.float64))
+  shares /= shares.sum(axis=1, keepdims=True)
+  with tf.Session() as session:
+    assert session.run(loss) == pytest.approx(
+        -np.log(shares[labels, labels]).mean(), rel=1e-3)
+
+
 @pytest.mark.parametrize('batch_size, stair', [(128, 136718), (64, 273437)])
 def test_rate_and_averages_are_those_of_the_original(batch_size, stair):
   FLAGS.batch_size = batch_size
@@ -237,6 +266,16 @@ def test_momentum_is_that_of_nesterov():
     # Velocities of 2 and 3.8, and a look ahead from each.
     assert session.run(variable) == pytest.approx(
         1 - 0.1 * (2 + 0.9 * 2) - 0.1 * (2 + 0.9 * 3.8))
+
+
+def test_variables_are_resources_whatever_a_script_disables():
+  # Muon needs that; with reference variables, it would be plain momentum.
+  tf.disable_resource_variables()
+  try:
+    _build_training()
+  finally:
+    tf.enable_resource_variables()
+  assert {v.handle.op.type for v in tf.trainable_variables()} == {'VarHandleOp'}
 
 
 def test_muon_moves_kernels_equally_far_in_all_directions():
@@ -299,10 +338,10 @@ def test_step_is_that_of_the_plain_formulation(monkeypatch):
 
 def test_tensorboard_gets_losses_weights_and_activations():
   train_op = _build_training()
-  fetches, raw = [tf.summary.merge_all(), 'pool1:0'], []
+  fetches, raw = [tf.summary.merge_all(), 'conv1/conv1:0'], []
   with _session() as session:
     for _ in range(3):
-      summary, pool1 = session.run(fetches)
+      summary, conv1 = session.run(fetches)
       values = {value.tag: value.simple_value
                 for value in tf.Summary.FromString(summary).value}
       raw.append(values['total_loss (raw)'])
@@ -316,7 +355,7 @@ def test_tensorboard_gets_losses_weights_and_activations():
   assert len(set(raw)) == 3
   assert values['total_loss'] == pytest.approx(
       0.1 * (0.9 * raw[0] + raw[1]), rel=1e-5)
-  assert values['conv1/sparsity'] == pytest.approx((pool1 == 0).mean())
+  assert values['conv1/sparsity'] == pytest.approx((conv1 == 0).mean())
 
 
 # Readers.

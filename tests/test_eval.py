@@ -149,12 +149,13 @@ def test_each_answer_is_compared_with_its_own_label(
 
 
 @pytest.mark.parametrize('part, asked, total', [
-    ('test', 33, 33), ('test', 71, 70), ('train_eval', 249, 249)])
+    ('test', '--num_examples=33', 33), ('test', '--num_examples=71', 70),
+    ('test', '--run_once', 70), ('train_eval', '--num_examples=249', 249)])
 def test_exactly_the_examples_asked_for_are_counted(
     evaluate, save, tiny_dir, part, asked, total):
   save(1, always(2))
   outcome = read_outcome(evaluate(
-      '--run_once', f'--eval_data={part}', f'--num_examples={asked}'))
+      '--run_once', f'--eval_data={part}', asked))
   files = TINY.eval_files if part == 'test' else TINY.train_files
   labels = read_pictures(tiny_dir, files)[0][:total]
   assert (outcome.correct, outcome.total) == ((labels == 2).sum(), total)

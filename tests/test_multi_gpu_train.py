@@ -84,6 +84,16 @@ def test_towers_have_different_images_and_one_mean_loss(
   assert len({each.tobytes() for each in images}) == len(set(losses)) == 3
 
 
+def test_variable_that_no_tower_uses_has_no_gradient():
+  used, unused = tf.get_variable('used', [2]), tf.get_variable('unused', [2])
+  towers = [[(tf.constant([1.0, i]), used), (None, unused)] for i in (2.0, 4.0)]
+  (mean, first), (nothing, second) = (
+      cifar10_multi_gpu_train.average_gradients(towers))
+  assert (first, nothing, second) == (used, None, unused)
+  with tf.Session() as session:
+    assert session.run(mean).tolist() == [1, 3]
+
+
 @pytest.fixture
 def train_on_towers(call_script, tiny_flags, tmp_path):
   """Function that trains on two towers in tmp_path / 'run'."""

@@ -278,7 +278,7 @@ DEFAULTS = {
     cifar10_multi_gpu_train: {**OF_TRAINING, 'num_gpus': 1},
     cifar10_eval: {
         **OF_ALL, 'checkpoint_dir': '/tmp/cifar10_train', 'eval_dir': None,
-        'eval_data': 'test', 'eval_interval_secs': 300, 'num_examples': 10000,
+        'eval_data': 'test', 'eval_interval_secs': 300, 'num_examples': None,
         'run_once': False, 'use_moving_average': True, 'multiview': False,
         'predictions_csv': None, 'predict': None, 'export_dir': None}}
 
