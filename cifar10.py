@@ -5,8 +5,8 @@
     total_loss = loss(logits, labels)
     train_op = train(total_loss, tf.train.get_or_create_global_step())
 
-These verbs build a graph. cifar10_train.py and its siblings run it, or your own
-script does.
+These functions only build a graph of operations. A session then runs it, in
+cifar10_train.py and its siblings, or in a script of yours.
 """
 import dataclasses
 import os
@@ -16,7 +16,7 @@ import numpy as np
 import cifar10_input  # Before TensorFlow: it hides the start-up messages.
 import tensorflow.compat.v1 as tf
 
-# Readers know these as constants of this module.
+# In the tutorial, these are constants of this module, too.
 from cifar10_input import (
     DATA_URL, IMAGE_SIZE, NUM_CLASSES, NUM_EXAMPLES_PER_EPOCH_FOR_EVAL,
     NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN)
@@ -40,7 +40,7 @@ TOWER_NAME = 'tower'  # The towers of a multi-GPU run are tower_0, tower_1, ...
 
 
 def _flag(default, help_text, lower=None, upper=None, choices=None):
-  """A field of a recipe of which cifar10_train.py makes a flag."""
+  """A field of `Recipe` that cifar10_train.py turns into a flag."""
   return dataclasses.field(default=default, metadata={
       'help': help_text, 'bounds': (lower, upper), 'choices': choices})
 
@@ -53,7 +53,7 @@ class Recipe:
       logits = inference(images, recipe)
   """
   # The network.
-  image_size: int = _flag(24, 'Pixels of each side that the network sees.', 8)
+  image_size: int = _flag(24, 'Side of what the network sees, in pixels.', 8)
   model: str = _flag('default', 'Top layers: fully or locally connected.',
                      choices=['default', 'local'])
   num_classes: int = 10
@@ -70,9 +70,9 @@ class Recipe:
       INITIAL_LEARNING_RATE, 'Initial learning rate.', 0)
   learning_rate_schedule: str = _flag(
       'staircase', 'How the learning rate falls: tenfold every 350 epochs, or '
-      'evenly to zero at --max_steps.', choices=['staircase', 'linear'])
+      'linearly to zero at --max_steps.', choices=['staircase', 'linear'])
   momentum: float = _flag(0.0, 'Nesterov momentum; 0 is plain SGD.', 0, 1)
-  optimizer: str = _flag('sgd', 'Plain SGD, or Muon (Jordan et al. 2024).',
+  optimizer: str = _flag('sgd', 'SGD, or Muon (Jordan et al. 2024).',
                          choices=['sgd', 'muon'])
   label_smoothing: float = _flag(
       0.0, 'Share of each label that is spread over all classes.', 0, 1)
@@ -94,13 +94,13 @@ _FAST = Recipe(
     momentum=0.9,            # 3 points better than none, in short runs.
     optimizer='muon',        # 2.6 points, after 6,000 steps.
     label_smoothing=0.1,     # 0.4 points, after 14,000 steps.
-    weight_decay=0.008,      # With 0.004, it learns images by heart.
+    weight_decay=0.008,      # With 0.004, it memorizes images.
     moving_average_decay=0.999)
 
 RECIPES = {
     'original': Recipe(),
     'fast': _FAST,
-    # Whole pictures, and yet each at 81 places: 0.5 points, after 14,000 steps.
+    # Whole pictures, shifted to 81 places: 0.5 points, after 14,000 steps.
     'strong': dataclasses.replace(
         _FAST, max_steps=20000, image_size=32, crop_margin=4),
 }
@@ -116,7 +116,7 @@ def original_recipe():
       weight_decay=WEIGHT_DECAY, moving_average_decay=MOVING_AVERAGE_DECAY)
 
 
-# The input, from where the flags say.
+# The input, from the folder that the flags name.
 
 
 def maybe_download_and_extract():
@@ -153,7 +153,7 @@ def _folder(dataset):
 
 
 def inference(images, recipe=None):
-  """Builds the network; without a `Recipe`, that of the original.
+  """Builds the network; the default `Recipe` is the original's.
 
   Takes images, float32 [batch, height, width, 3], from `inputs` or
   `distorted_inputs`. Returns logits, float32 [batch, num_classes].
@@ -161,14 +161,14 @@ def inference(images, recipe=None):
   recipe = recipe or original_recipe()
   images = tf.cast(images, recipe.dtype)
 
-  # Edges and colours. 64 filters look at 5x5 pixels each. Variables have the
-  # name of their scope before their own: 'conv1/weights'.
+  # Edges and colours. 64 filters look at 5x5 pixels each. A variable's name
+  # begins with that of its scope: 'conv1/weights'.
   with tf.variable_scope('conv1'):
     conv, biases = _convolution(images, 64, 0.0, recipe)
     # Nothing below needs it: it is computed only if it is fetched or shown.
     conv1 = tf.nn.relu(tf.nn.bias_add(conv, biases), name='conv1')
     # The tutorial pools after bias and ReLU. Neither changes which value of a
-    # window is the largest; pooled first, they have a quarter as many to do.
+    # window is the largest, and after pooling only a quarter of them is left.
     pre_activation = tf.nn.bias_add(_max_pool(conv), biases)
   pool1 = tf.nn.relu(pre_activation, name='pool1')
   # Channels that answer strongly dampen their neighbours.
@@ -192,8 +192,8 @@ def inference(images, recipe=None):
     local4 = _fully_connected('local4', local3, 192, recipe)
     stddev = 1 / 192.0
 
-  # Logits, not probabilities: the loss computes the softmax and its logarithm
-  # in one operation, which is numerically safe.
+  # Logits (scores before the softmax), not probabilities: the loss computes
+  # softmax and logarithm in one operation, which is numerically safe.
   with tf.variable_scope('softmax_linear'):
     logits = _affine(local4, recipe.num_classes, recipe, stddev, bias=0.0,
                      name='softmax_linear')
@@ -206,8 +206,8 @@ def inference(images, recipe=None):
 def _variable_on_cpu(name, shape, initializer):
   """Makes a variable in the CPU's memory, which all GPUs can reach.
 
-  `get_variable` makes it, or finds it again: so all towers share it. It is
-  float32, as small updates would be lost in 16 bits; layers cast it.
+  `get_variable` makes it or, where `reuse` is set, finds it by its name: so all
+  towers share it. It is float32: 16 bits would lose small updates.
   """
   with tf.device('/cpu:0'):
     return tf.get_variable(
@@ -217,7 +217,7 @@ def _variable_on_cpu(name, shape, initializer):
 def _variable_with_weight_decay(name, shape, stddev, recipe, decay=None):
   """Makes a variable that starts from a truncated normal distribution.
 
-  With `decay`, decay * L2 loss is added to the collection `losses`.
+  With `decay`, decay * L2 loss joins `losses`, a list that the graph keeps.
   """
   draw = tf.truncated_normal_initializer(stddev=stddev)
   variable = _variable_on_cpu(
@@ -264,7 +264,7 @@ def _affine(values, units, recipe, stddev, bias, decay=None, name=None):
 
 
 def _locally_connected(name, images, channels, recipe):
-  """3x3 convolution with other weights at each place, then ReLU.
+  """3x3 convolution with different weights at each place, then ReLU.
 
   As in the layers local3 and local4 of cuda-convnet's layers-conv-local-11pct.
   """
@@ -294,11 +294,11 @@ def local_response_normalization(
       y = x * s^-beta
       dx = dy * s^-beta - 2 * alpha * beta * x * (sum of dy * y / s, likewise)
 
-  as `tf.nn.lrn` computes it, but in operations that a CPU is good at. To sum
-  over neighbouring channels is to multiply with a band matrix of ones, which is
-  a 1x1 convolution; with beta = 0.75, s^-beta is two square roots. All of it is
-  in float32; the result has the shape and type of the images, [batch, height,
-  width, channels].
+  as `tf.nn.lrn` computes it, but in operations that a CPU is good at, backwards
+  (dx) as well. Summing over neighbouring channels is a product with a band
+  matrix of ones, as a 1x1 convolution; with beta = 0.75, s^-beta is two square
+  roots. It computes in float32; the result has the shape and type of the
+  images, [batch, height, width, channels].
   """
   beta = 0.75
   channel = np.arange(images.shape.as_list()[-1])
@@ -331,7 +331,7 @@ def local_response_normalization(
 
 
 def loss(logits, labels, scope=None, recipe=None):
-  """Adds the mean cross entropy to the collection `losses`, and sums that up.
+  """Adds the mean cross entropy to the collection `losses`, and sums up all.
 
   Takes logits, float32 [batch, num_classes], and labels, int32 [batch]. With a
   name scope, as for a tower, only its losses count. Returns a scalar float32:
@@ -348,13 +348,13 @@ def loss(logits, labels, scope=None, recipe=None):
       'losses', tf.reduce_mean(cross_entropies, axis=0, name='cross_entropy'))
   with tf.name_scope(None), tf.name_scope('summaries/'):
     hits = tf.cast(tf.nn.in_top_k(logits, labels, 1), tf.float32)
-    # Evaluation has the same tag.
+    # Evaluation has this tag, too, but of pictures without distortion.
     _scalar_summary('Precision @ 1', tf.reduce_mean(hits))
   return tf.add_n(tf.get_collection('losses', scope), name='total_loss')
 
 
 def train(total_loss, global_step, recipe=None):
-  """Builds one step of training; without a `Recipe`, that of the original.
+  """Builds one step of training; the default `Recipe` is the original's.
 
   Takes the scalar float32 of `loss`, and the int64 variable that counts steps.
   Returns the operation that does the step.
@@ -393,10 +393,10 @@ def make_optimizer(rate, recipe):
 
 
 class MuonOptimizer(tf.train.MomentumOptimizer):
-  """Momentum whose update is orthogonalised: all directions move equally far.
+  """Momentum that moves convolution kernels equally far in all directions.
 
-  Gradients lose the mean that they share (Yong et al. 2020); updates of kernels
-  get singular values of 0.7 to 1.2 (Jordan et al. 2024) times rate and size.
+  Each output's mean gradient is subtracted (Yong et al. 2020). Five steps bring
+  the singular values of kernels' updates to 0.7 to 1.2 (Jordan et al. 2024).
   """
 
   def _resource_apply_dense(self, grad, var):
@@ -429,10 +429,10 @@ def apply_gradients(optimizer, gradients, global_step, recipe):
   """
   apply_gradient_op = optimizer.apply_gradients(gradients, global_step)
   # Weights oscillate around a good solution. Their moving averages lie closer
-  # to it, and evaluation uses them. Given the step, they move faster at first.
+  # to it, and evaluation uses them. With global_step, they start out faster.
   averages = tf.train.ExponentialMovingAverage(
       recipe.moving_average_decay, global_step)
-  # Only data flow orders operations; so the averages wait for the new values.
+  # Data flow alone would not order these: make averages wait for new values.
   with tf.control_dependencies([apply_gradient_op]):
     return averages.apply(tf.trainable_variables())
 
@@ -442,10 +442,10 @@ def apply_gradients(optimizer, gradients, global_step, recipe):
 
 
 def observe(losses, gradients, rate):
-  """Shows losses, (gradient, variable) pairs and the learning rate.
+  """Summarizes losses, (gradient, variable) pairs and the learning rate.
 
-  Single losses vary much, so TensorBoard shows their moving averages, too.
-  Returns the operation that updates these.
+  The loss varies from batch to batch, so there are moving averages of it, too,
+  which start at 0. Returns the operation that updates these.
   """
   with tf.device('/cpu:0'):
     averages = tf.train.ExponentialMovingAverage(0.9, name='avg')
@@ -462,7 +462,7 @@ def observe(losses, gradients, rate):
 
 
 def _activation_summaries(**layers):
-  """How each layer's activations are spread, and how many of them are zero."""
+  """Summarizes the activations of layers, and how many of them are zero."""
   for layer, values in layers.items():
     _histogram_summary(layer + '/activations', values)
     with tf.name_scope(None), tf.name_scope('summaries/'):
@@ -479,7 +479,7 @@ def _histogram_summary(tag, values):
 
 
 def _summary(operation, **arguments):
-  """Adds a summary, unless the graph has its tag: the first tower's does."""
+  """Adds a summary unless its tag is taken: only the first tower is shown."""
   tag = arguments.get('tag') or arguments['tags']
   if tag in tf.get_collection('summary_tags'):
     return

@@ -5,8 +5,8 @@
     python cifar10_eval.py --predict=cat.png dog.jpg    # what is on pictures
     python cifar10_eval.py --export_dir=/tmp/model      # a SavedModel, to serve
 
-Data, network and precision are those of the run in --checkpoint_dir. Run it
-beside the training, or after it. If the training has taken all memory of a GPU,
+Data set, network and number type are those of the run in --checkpoint_dir. Run
+it during training, or afterwards. If training has taken all memory of a GPU,
 CUDA_VISIBLE_DEVICES= puts the evaluation on the CPU.
 """
 import csv
@@ -56,7 +56,7 @@ def evaluate():
 def latest(folder):
   """Returns a folder's latest checkpoint, and the `cifar10_train.Run`.
 
-  A folder of the original has no run.json: then the flags describe the run.
+  The original scripts write no run.json: then the flags describe the run.
   """
   checkpoint = cifar10_train.latest_checkpoint(folder)
   if not checkpoint:
@@ -76,7 +76,7 @@ def latest(folder):
 
 
 class Evaluation:
-  """The graph that evaluates a run, and where the outcome goes."""
+  """The graph that evaluates a run, and the writer of its summaries."""
 
   def __init__(self, folder, run):
     dataset = cifar10_input.find_dataset(run.dataset)
@@ -96,16 +96,16 @@ class Evaluation:
       central = images[:FLAGS.batch_size]  # The first of the views.
       self._fetches = central, labels, _probabilities(images, run.recipe)
       self._summary = tf.summary.merge_all()
-      # A graph cannot change after its first session: all is made here.
+      # A MonitoredSession freezes its graph, so all of it is built here.
       restore = make_restorer()
       self._scaffold = tf.train.Scaffold(
-          init_op=tf.no_op(),
+          init_op=tf.no_op(),  # Restoring gives all variables their values.
           init_fn=lambda _, session: restore(self._checkpoint, session))
     self._writer = tf.summary.FileWriter(cifar10_train.full_path(
         FLAGS.eval_dir or os.path.join(folder, 'eval')), self._graph)
 
   def eval_once(self, checkpoint):
-    """Evaluates a checkpoint, for the console, TensorBoard and the table."""
+    """Evaluates a checkpoint; prints, lists and summarizes the outcome."""
     total = sum(self._counts.values())
     total = min(FLAGS.num_examples or total, total)
     outcome, self._checkpoint = Outcome(self._classes), checkpoint
@@ -144,7 +144,7 @@ class Outcome:
   """What an evaluation has found so far.
 
   confusion: int64 [classes, classes], examples by true and predicted class.
-  mistakes: the surest ones: probability, both classes and image of each.
+  mistakes: the ten surest: probability, both classes and image of each.
   """
 
   def __init__(self, classes):
@@ -182,7 +182,7 @@ class Outcome:
 
   def summarize(self, summary):
     """Adds two numbers and two pictures to a `tf.Summary`."""
-    for tag, value in (  # Training has these tags, too: each is one chart.
+    for tag, value in (  # Shared with training: one chart for both.
         ('Precision @ 1', self.confusion.trace() / self.total),
         ('cross_entropy', self._cross_entropies / self.total)):
       summary.value.add(tag=tag, simple_value=value)
@@ -198,7 +198,7 @@ class Outcome:
     """Draws the confusion matrix; darker cells have more examples."""
     cell, margin = (40, 180) if len(self._classes) <= 20 else (6, 0)
     shares = self.confusion / self.confusion.sum(axis=1, keepdims=True).clip(1)
-    shades = np.uint8(255 - 255 * shares ** 0.5)  # The root shows small ones.
+    shades = np.uint8(255 - 255 * shares ** 0.5)  # The root darkens small ones.
     side = cell * len(self._classes)
     picture = PIL.Image.new('RGB', [margin + side] * 2, 'white')
     for i, name in enumerate(self._classes if margin else []):
@@ -210,7 +210,7 @@ class Outcome:
     return picture
 
   def _draw_mistakes(self):
-    """Draws images above what they are, and what they were taken for."""
+    """Draws each image with its true and its predicted class below."""
     side, height = 145, 215
     picture = PIL.Image.new('RGB', [5 * side, 2 * height], 'white')
     for i, (probability, true, predicted, image) in enumerate(self.mistakes):
@@ -218,7 +218,7 @@ class Outcome:
       shown = np.uint8(255 * (image - image.min()) / np.ptp(image).clip(1e-9))
       picture.paste(PIL.Image.fromarray(shown).resize([side - 10] * 2), [x, y])
       _write(picture, [x, y + side - 8],
-             f'{self._classes[true]:.12}\nnot {self._classes[predicted]:.9}\n'
+             f'{self._classes[true]:.12}\nnot {self._classes[predicted]:.10}\n'
              f'{probability:.3f}')
     return picture
 
@@ -246,7 +246,7 @@ def _probabilities(images, recipe):
 def make_restorer():
   """Returns a function that restores a checkpoint to a session."""
   variables = {v.op.name: v for v in tf.trainable_variables()}
-  if FLAGS.use_moving_average:  # Their averages take their place.
+  if FLAGS.use_moving_average:  # Load the averages instead.
     variables = tf.train.ExponentialMovingAverage(
         cifar10.MOVING_AVERAGE_DECAY).variables_to_restore()
   saver = tf.train.Saver(variables)
@@ -258,10 +258,10 @@ def make_restorer():
 
 
 def predict(paths):
-  """Prints the likeliest classes of picture files."""
+  """Prints the three likeliest classes of each picture file."""
   checkpoint, run = latest(cifar10_train.full_path(FLAGS.checkpoint_dir))
   with tf.Graph().as_default(), tf.Session() as session:
-    planes = tf.placeholder(
+    planes = tf.placeholder(  # Gets its value at each run.
         tf.uint8, [1, 3, cifar10_input.HEIGHT, cifar10_input.WIDTH])
     probabilities = _classify(planes, run.recipe)
     make_restorer()(checkpoint, session)
@@ -307,7 +307,7 @@ def _classify(planes, recipe):
 
 
 def _decode(contents):
-  """Decodes a picture file, cuts its middle square out, and scales that."""
+  """Decodes a picture file, cuts out its middle square, and scales it."""
   image = tf.io.decode_image(contents, 3, expand_animations=False)
   image = tf.ensure_shape(image, [None, None, 3])
   side = tf.reduce_min(tf.shape(image)[:2])
@@ -317,7 +317,7 @@ def _decode(contents):
 
 
 def _signature(input_, images, run):
-  """Returns what the model makes of images [batch, height, width, 3]."""
+  """Returns a signature: the outputs for images [batch, height, width, 3]."""
   probabilities = _classify(tf.transpose(images, [0, 3, 1, 2]), run.recipe)
   likeliest = tf.argmax(probabilities, axis=1)
   return tf.saved_model.predict_signature_def(
@@ -339,15 +339,15 @@ def define_flags():
   tf.flags.DEFINE_string('predictions_csv', None, 'File for key, label, '
                          'prediction and probabilities of each example.')
   tf.flags.DEFINE_string(
-      'export_dir', None, 'Instead, write a SavedModel to this new folder.')
+      'export_dir', None, 'Write a SavedModel to this new folder, and end.')
   tf.flags.DEFINE_multi_string(
-      'predict', None, 'Instead, say what is on these picture files.')
+      'predict', None, 'Print the classes of these picture files, and end.')
   tf.flags.DEFINE_enum('eval_data', 'test', ['test', 'train_eval'],
                        'Evaluate test examples, or those of training.')
   tf.flags.DEFINE_integer(
       'num_examples', None, 'Examples to evaluate, if not all.', lower_bound=1)
   tf.flags.DEFINE_integer(
-      'eval_interval_secs', 300, 'Least seconds between evaluations.', 0)
+      'eval_interval_secs', 300, 'Minimum seconds between evaluations.', 0)
   tf.flags.DEFINE_boolean(
       'run_once', False, 'Evaluate the latest checkpoint and end.')
   tf.flags.DEFINE_boolean('use_moving_average', True, 'Evaluate the moving '

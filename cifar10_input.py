@@ -8,8 +8,8 @@ A training batch goes from queue to queue:
     file names -> queue -> records -> shuffle queue -> distortion -> queue
 
 Reading and distorting images takes time, and the network should not wait for
-it. So threads do it in advance: a `QueueRunner` runs the operation that fills a
-queue again and again, while the network takes batches out at the other end.
+it. So threads do it in advance: those of a `QueueRunner` run the operation that
+fills a queue over and over, and the network takes batches out at its other end.
 """
 import contextlib
 import dataclasses
@@ -48,14 +48,14 @@ def _quiet_stderr():
       os.close(stderr)
 
 
-# By default, TensorFlow uses oneDNN's kernels only on processors with AVX512-VNNI
-# or better. With AVX2 alone, they halve the time of a step.
+# TensorFlow uses the fast kernels of oneDNN by default only on processors with
+# AVX512-VNNI or better. With AVX2 alone, they halve the time of a step.
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
 with _quiet_stderr():
   import tensorflow.compat.v1 as tf
 
-# TensorFlow calls graphs, queues and sessions deprecated; we teach them. Its
-# step counter may read during an update, and warns that the step did not rise.
+# TensorFlow calls graphs, queues and sessions deprecated; but we teach them. A
+# StepCounterHook warns if it reads the step before an update is complete.
 tf.get_logger().addFilter(
     lambda record: record.levelno > logging.WARNING
     or not re.search('deprecated|global step .* has not been increased',
@@ -65,8 +65,8 @@ tf.get_logger().addFilter(
 # graph of all operations, as in TensorFlow 1, and a session then runs it.
 tf.disable_eager_execution()
 
-# The size of every picture in every data set, as in CIFAR-10. Your script may
-# set all of these constants before it builds its input.
+# The size of all pictures in all data sets. Scripts may set it, IMAGE_SIZE and
+# NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN here; DATA_URL and NUM_CLASSES in cifar10.py.
 HEIGHT, WIDTH, DEPTH = 32, 32, 3
 
 # The network sees this many pixels of each side of a picture: a random square
@@ -79,10 +79,10 @@ NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = 10000
 
 DATA_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 
-# The shuffle queue keeps this part of an epoch, so that batches are well mixed.
+# The shuffle queue holds at least this part of an epoch, to mix batches well.
 MIN_FRACTION_OF_EXAMPLES_IN_QUEUE = 0.4
 
-# Records read per call: a Python thread starts each call, which takes time.
+# Records read per call: one a call would be slow, as Python starts each call.
 _RECORDS_PER_READ = 256
 
 
@@ -91,7 +91,7 @@ class UserError(ValueError):
 
 
 def say(text):
-  """Prints a line. A script goes on if nobody reads its output any more."""
+  """Prints a line. If the reader of a pipe has gone, the script continues."""
   try:
     print(text, flush=True)
   except OSError:
@@ -110,7 +110,7 @@ class Dataset:
   picture: its red, its green and its blue plane, each row by row.
   """
   name: str          # What --dataset calls it.
-  folder: str        # Of its files: in --data_dir, or a path after `prepare`.
+  folder: str        # In --data_dir; after `prepare`, its whole path.
   train_files: dict  # Records in each file, by file name; None is any number.
   eval_files: dict
   classes: tuple     # The name of each label; () accepts all labels.
@@ -131,8 +131,8 @@ class Dataset:
 def prepare(dataset, data_dir, url=None):
   """Downloads, generates or converts a data set's files, unless they are there.
 
-  They are in data_dir, the local folder of all data sets. `url` is another
-  address (http, https or file) of the archive, or of the folder of several.
+  data_dir is the local folder of all data sets. `url` is another address (http,
+  https or file) of the archive; for svhn, of the folder of its two files.
   Returns the `Dataset` with the path of its files as `folder`. Raises a
   UserError if a download fails, or is not the published file.
   """
@@ -141,8 +141,8 @@ def prepare(dataset, data_dir, url=None):
   if not all(os.path.exists(os.path.join(folder, name))
              for name in dataset.files):
     os.makedirs(data_dir, exist_ok=True)
-    # Files are moved to their folder when all are complete: a start that was
-    # interrupted leaves nothing that a later one would take for the data set.
+    # Files move to their folder only when all are complete, so that an
+    # interrupted start leaves nothing that looks like the data set.
     with tempfile.TemporaryDirectory(dir=data_dir) as unfinished:
       archives = [_archive(dataset, source, data_dir, unfinished, url)
                   for source in dataset.downloads]
@@ -177,7 +177,7 @@ def _archive(dataset, source, data_dir, unfinished, url):
 
 
 def _download(url, path, archive):
-  """Downloads a file, and shows on a terminal how far it is."""
+  """Downloads a file and, on a terminal, shows the progress."""
   say(f'Downloading {url}')
   try:
     with open(path, 'wb') as f, urllib.request.urlopen(
@@ -192,7 +192,7 @@ def _download(url, path, archive):
   except (OSError, ValueError, http.client.HTTPException) as error:
     raise UserError(
         f'{url} cannot be downloaded ({error}). Name a mirror with --data_url, '
-        f'put the archive in place as {archive}, or use --dataset=synthetic, '
+        f'save the archive as {archive} yourself, or use --dataset=synthetic, '
         'which needs no download.') from error
 
 
@@ -218,7 +218,7 @@ def _convert_svhn(dataset, archives, folder):
 
 def _write_records(path, labels, planes):
   """Writes labels [n] and planes [n, depth, height, width] as records."""
-  # As bytes first: together they would be as wide as the widest of the two.
+  # Convert each to bytes: np.c_ would give both the wider of the two types.
   np.c_[labels.reshape(-1).astype(np.uint8),
         planes.reshape(len(planes), -1).astype(np.uint8)].tofile(path)
 
@@ -236,8 +236,8 @@ def _write_synthetic(dataset, archives, folder):
 def _draw_shapes(chance, labels):
   """Returns a picture for each label, [n, depth, height, width], 0 to 255.
 
-  A shape is where |x|^p + |y|^p < 1, solid or as an outline. It has any place,
-  size and colours, and there is much noise.
+  A shape is where |x|^p + |y|^p < 1, filled or as an outline. Place, size and
+  colours are random, and there is much noise.
   """
   def uniform(low, high, depth=1):
     return chance.uniform(low, high, [len(labels), depth, 1, 1])
@@ -263,7 +263,7 @@ def _draw_shapes(chance, labels):
 def find_dataset(name):
   """Returns the `Dataset` of that name, or of the pictures in that folder.
 
-  They may have any size: `prepare` scales them and writes them as records.
+  Pictures may have any size: `prepare` scales them and writes them as records.
   """
   if name in DATASETS:
     return DATASETS[name]
@@ -275,9 +275,9 @@ def find_dataset(name):
   if unknown or not paths['test'] or not 2 <= len(classes) <= 256:
     raise UserError(
         f'--dataset={name} must be {", ".join(DATASETS)}, or a folder with '
-        'pictures in train/CLASS/ and test/CLASS/, of the same 2 to 256 '
-        f'classes: it has {len(classes)} in train/; in test/ it has '
-        f'{len(paths["test"])} files, and the other classes {sorted(unknown)}.')
+        'pictures of 2 to 256 classes in train/CLASS/ and test/CLASS/. It '
+        f'has {len(classes)} classes in train/, {len(paths["test"])} files in '
+        f'test/, and {sorted(unknown)} only there.')
   listing = [(str(path.relative_to(root)), path.stat().st_size,
               path.stat().st_mtime) for path in paths['train'] + paths['test']]
   # The folder's name contains a hash of the listing: if a picture changes, all
@@ -292,10 +292,10 @@ def find_dataset(name):
 
 
 def _convert_pictures(dataset, archives, folder):
-  """Writes the records of picture files, and names those that it skips."""
+  """Converts picture files to records; prints which ones it skips."""
   say(f'Converting {len(dataset.pictures)} pictures of {dataset.name}')
   pictures = list(dataset.pictures)
-  # Class by class, a shuffle queue of 0.4 epochs would not mix them enough.
+  # A shuffle queue of 0.4 epochs could not mix files sorted by class.
   random.Random(1).shuffle(pictures)
   for part in 'train', 'test':
     records = []
@@ -312,10 +312,10 @@ def _convert_pictures(dataset, archives, folder):
 
 
 def read_picture(path):
-  """Returns a picture file as uint8 [3, height, width], whatever its size.
+  """Returns a picture file of any size as uint8 [3, HEIGHT, WIDTH].
 
-  It is turned as its EXIF data say, laid over white, and scaled to cover HEIGHT
-  and WIDTH; the rest is cut off. A UserError says why it cannot be read.
+  It is rotated as its EXIF data say, laid over white, and scaled to cover
+  HEIGHT and WIDTH; the rest is cut off. Raises a UserError if it is unreadable.
   """
   try:
     with PIL.Image.open(path) as image:
@@ -345,7 +345,7 @@ CIFAR10 = Dataset(
         DATA_URL:
         'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'})
 
-CIFAR10_HOLDOUT = dataclasses.replace(  # To choose settings by.
+CIFAR10_HOLDOUT = dataclasses.replace(  # To choose settings with.
     CIFAR10, name='cifar10_holdout', eval_files={'data_batch_5.bin': 10000},
     train_files={'data_batch_%d.bin' % i: 10000 for i in range(1, 5)})
 
@@ -398,7 +398,7 @@ DATASETS = {dataset.name: dataset for dataset in (
 
 
 def described_dataset():
-  """Returns a `Dataset` of files with CIFAR-10's names, but any records."""
+  """Returns CIFAR-10, but with any number of records and any labels."""
   return dataclasses.replace(
       CIFAR10, train_files=dict.fromkeys(CIFAR10.train_files),
       eval_files=dict.fromkeys(CIFAR10.eval_files), classes=())
@@ -410,8 +410,8 @@ def described_dataset():
 def check_files(dataset, files):
   """Checks a data set's train_files or eval_files before a thread reads them.
 
-  Returns a dict from their paths to the numbers of their records. Raises a
-  UserError if one has a wrong size or an unknown label.
+  Returns the number of records in each file, by its path. Raises a UserError if
+  a file has a wrong size or an unknown label.
   """
   counts = {}
   for name, count in files.items():
@@ -432,7 +432,7 @@ def check_files(dataset, files):
 
 
 def read_cifar10(filename_queue):
-  """Reads one record from a queue of file names.
+  """Reads one record from a queue of file names, as the tutorial did.
 
   Returns an object with the attributes height, width, depth (32, 32 and 3), key
   (scalar string, FILE:RECORD), label (int32 [1]) and uint8image (uint8 [height,
@@ -447,7 +447,7 @@ def read_cifar10(filename_queue):
 
 
 def parse_records(values, dataset):
-  """Returns planes, uint8 [n, 3, 32, 32], and labels, int32 [n], of strings."""
+  """Splits strings into planes, uint8 [n, 3, 32, 32], and labels, int32 [n]."""
   records = tf.ensure_shape(
       tf.decode_raw(values, tf.uint8), [None, dataset.record_bytes])
   labels = tf.cast(records[:, dataset.label_byte], tf.int32)
@@ -457,7 +457,7 @@ def parse_records(values, dataset):
 
 
 def _fill(queue, paths, dataset, shuffle):
-  """Adds a thread to the session that moves records from files to a queue."""
+  """Fills a queue with records. The session starts the thread that does it."""
   filename_queue = tf.train.string_input_producer(
       paths, shuffle=shuffle, name='file_names')
   reader = tf.FixedLengthRecordReader(dataset.record_bytes)
@@ -507,7 +507,7 @@ def distort(planes, distortions, image_size):
       tf.reshape(values, [-1, 1, 1, 1])
       for values in (distortions.brightness, distortions.contrast))
 
-  # All that follows a crop shifts and scales whole channels. So brightness and
+  # Everything after the crop shifts and scales whole channels: brightness and
   # contrast change a channel's mean and variance in a way that we can compute
   # without the pixels, and one pass over the pixels does all three operations.
   # (Standardization cancels the brightness change; we keep it because the
@@ -551,8 +551,8 @@ TEN_VIEWS = tuple(
 def crop_views(planes, views, image_size):
   """Crops and standardizes pictures as evaluation shows them to the network.
 
-  Krizhevsky et al. 2012, section 4.1, average over five crops and their mirror
-  images, in the corners. With crops of 24 pixels, nearer ones did better.
+  Krizhevsky et al. 2012, section 4.1, average over the centre, the four corners
+  and their mirror images. With 24 pixels, crops nearer the centre did better.
 
   Takes planes [batch, 3, height, width], 0 to 255, of any type, and
   `CENTRAL_VIEW` or `TEN_VIEWS`. Returns float32 [len(views) * batch,
@@ -582,12 +582,12 @@ def distorted_inputs(
     data_dir: folder with the data set's files.
     batch_size: images in a batch.
     dataset: the `Dataset`; by default see `described_dataset`.
-    image_size: pixels of each side to leave; by default IMAGE_SIZE.
+    image_size: side of the crops in pixels; by default IMAGE_SIZE.
     crop_margin: how many pixels a crop may reach beyond the picture's edges.
     min_fraction_of_examples_in_queue: how much of an epoch stays in the shuffle
       queue.
-    deterministic: whether a graph with a seed gives the same batches each time.
-      They are drawn from a full queue then, and distorted in one thread.
+    deterministic: whether a graph with a seed gives the same batches each time:
+      they are then drawn from a full queue, and distorted in one thread.
 
   Returns images, float32 [batch_size, image_size, image_size, 3], and labels,
   int32 [batch_size]. Raises a UserError if a file has a wrong size or label.
@@ -630,8 +630,8 @@ def inputs(eval_data, data_dir, batch_size, dataset=None, image_size=None,
            views=CENTRAL_VIEW):
   """Builds the input of evaluation: all examples in order, again and again.
 
-  Takes eval_data, whether to read the files to evaluate on or to train on, and
-  `views` as `crop_views` does; all else is as for `distorted_inputs`. Returns
+  Takes eval_data, whether to read the evaluation files or the training files,
+  and `views` as `crop_views` does; the rest as `distorted_inputs`. Returns
   images, float32 [len(views) * batch_size, image_size, image_size, 3], view by
   view, and labels, int32 [batch_size].
   """

@@ -6,7 +6,7 @@ Each GPU has a tower: a copy of the network with its own batch of --batch_size
 images. The variables are in the CPU's memory. In each step all towers compute
 gradients of the same variables, which are averaged and applied once: two towers
 of 64 images learn just as one batch of 128 does. With fewer GPUs than towers,
-towers share them, or the CPU: that saves no time, but can be tried everywhere.
+towers share them, or the CPU, so that you can try it everywhere.
 
 Started on several machines, each with its place in a `TF_CONFIG`, the script is
 a TensorFlow cluster; README.md has an example.
@@ -34,7 +34,7 @@ def train():
   """Trains on --num_gpus towers, here or in each task of a cluster."""
   task = read_cluster()
   if task:
-    task.run()
+    task.run()  # Ends the process.
   with cifar10_train.locked(FLAGS.train_dir) as train_dir:
     cifar10_train.run_training(train_dir, build_step, FLAGS.num_gpus)
 
@@ -57,7 +57,7 @@ def build_step(dataset, recipe, global_step, num_workers=1,
       optimizer = cifar10.make_optimizer(rate, recipe)
     tower_losses, tower_grads = [], []
     for i, device in enumerate(tower_devices(FLAGS.num_gpus)):
-      # The first tower makes the variables; with `reuse`, the others get them.
+      # The first tower makes the variables; `reuse` gives them to the others.
       with tf.variable_scope(tf.get_variable_scope(), reuse=i > 0), \
           tf.device(device), \
           tf.name_scope(f'{cifar10.TOWER_NAME}_{i}') as scope:
@@ -84,18 +84,18 @@ def tower_devices(num_towers):
 
 
 def tower_loss(scope, images, labels, recipe=None):
-  """Returns the total loss of the tower with that name scope, see `loss`."""
+  """Returns the total loss of the tower with that name scope; see `loss`."""
   return cifar10.loss(cifar10.inference(images, recipe), labels, scope, recipe)
 
 
 def average_losses(tower_losses):
-  """Averages each loss over all towers, which have a list of scalars each."""
+  """Averages each loss over all towers; each of them has a list of scalars."""
   return [_average(losses, losses[0].op.name.partition('/')[2])
           for losses in zip(*tower_losses)]  # Named as without a tower.
 
 
 def average_gradients(tower_grads):
-  """Averages each variable's gradient over all towers, which wait here.
+  """Averages each variable's gradient over all towers, once all have it.
 
   Takes a list of (gradient, variable) pairs for each tower, of the same
   variables. Returns one such list.
@@ -157,7 +157,7 @@ class Task(tf.train.SessionRunHook):
   def run(self):
     """Does what the task is for, and ends the process."""
     act = {'ps': self._serve, 'chief': self._lead}.get(self._job, self._train)
-    for signum in signal.SIGINT, signal.SIGTERM:  # A worker just ends.
+    for signum in signal.SIGINT, signal.SIGTERM:  # A worker saves nothing.
       signal.signal(signum, signal.SIG_DFL)
     try:
       self._server = tf.train.Server(self._jobs, self._job, self._index)
@@ -169,7 +169,7 @@ class Task(tf.train.SessionRunHook):
       print(f'{self._name}: {cifar10_train.first_line(error)}', file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code or 0)  # A running server would keep Python from its exit.
+    os._exit(code or 0)  # A running server blocks a normal exit.
 
   def _session(self, graph=None):
     return tf.Session(self._server.target, graph=graph, config=self._config)
@@ -198,7 +198,7 @@ class Task(tf.train.SessionRunHook):
 
     A step may wait inside TensorFlow, where Python's handlers do not run.
     """
-    # TensorFlow's thread that sums gradients fails when the session closes.
+    # Hide that TensorFlow's summing thread fails when the session closes.
     threading.excepthook = lambda error: None
     with cifar10_train.locked(self._train_dir), \
         cifar10_train.collecting_signals() as signals:
@@ -208,7 +208,7 @@ class Task(tf.train.SessionRunHook):
       while not training.done() and not signals:
         concurrent.futures.wait([training], 0.2)
       if self._give_tokens and not training.done():
-        # The step may wait for a token that a worker took along.
+        # The step may wait for the token of a worker that has ended.
         pool.submit(self._session(self._graph).run, self._give_tokens)
       concurrent.futures.wait([training], 20)
       with tf.Graph().as_default():
@@ -236,10 +236,10 @@ class Task(tf.train.SessionRunHook):
           time.sleep(0.5)
 
   def _train(self, signals=()):
-    """Trains as the chief or a worker, which a signal ends at once."""
+    """Trains as the chief, or as a worker; a signal ends a worker at once."""
     self._hooks = [self]
     num_workers = self._num_workers if FLAGS.sync_replicas else 1
-    device = tf.train.replica_device_setter(
+    device = tf.train.replica_device_setter(  # Variables go to the servers.
         worker_device=self._device, cluster=self._jobs)
     cifar10_train.run_training(
         self._train_dir, self._build_step, FLAGS.num_gpus * num_workers,
@@ -247,10 +247,10 @@ class Task(tf.train.SessionRunHook):
         self._config)
 
   def _build_step(self, dataset, recipe, global_step):
-    """Builds a step; in a worker, when the chief has let it begin.
+    """Builds a step; a worker first waits until the chief has a session.
 
-    So none comes after the end, and none looks for variables before they have
-    values: TensorFlow would look again after 30 seconds only.
+    Before, variables have no values, and TensorFlow looks again only after 30
+    seconds.
     """
     others = self._num_workers - 1
     if self._worker == 0:
@@ -271,7 +271,7 @@ class Task(tf.train.SessionRunHook):
       session.run(operation)
 
   def _apply_together(self, optimizer, gradients, global_step, recipe):
-    """Updates by the mean of as many gradients as there are workers."""
+    """Updates by a mean of gradients; then tokens let the workers go on."""
     averages = tf.train.ExponentialMovingAverage(
         recipe.moving_average_decay, global_step)
     optimizer = tf.train.SyncReplicasOptimizer(
@@ -294,7 +294,7 @@ def define_flags():
   if 'num_gpus' in FLAGS:
     return
   tf.flags.adopt_module_key_flags(cifar10_train)  # So that --help shows them.
-  tf.flags.DEFINE_integer('num_gpus', 1, 'How many towers, each on another GPU '
+  tf.flags.DEFINE_integer('num_gpus', 1, 'Number of towers, one on each GPU '
                           'if there are enough.', 1, 256)
   tf.flags.DEFINE_boolean(
       'sync_replicas', True, 'In a cluster: average the gradients of all '

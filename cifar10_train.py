@@ -46,7 +46,7 @@ def build_step(dataset, recipe, global_step):
 
   Returns the operation that does the step, and its loss, a scalar float32.
   """
-  # The input belongs on the CPU, so that a GPU is left to the network.
+  # The input runs on the CPU, which leaves the GPU to the network.
   with tf.device('/cpu:0'):
     images, labels = training_batches(dataset, recipe, recipe.batch_size)
   logits = cifar10.inference(images, recipe)
@@ -63,7 +63,7 @@ def training_batches(dataset, recipe, batch_size):
       deterministic=FLAGS.deterministic)
 
 
-# The training of a network on any number of devices.
+# The training loop, for any number of devices.
 
 
 def run_training(train_dir, build, batches_per_step=1, signals=None, target='',
@@ -74,9 +74,9 @@ def run_training(train_dir, build, batches_per_step=1, signals=None, target='',
     train_dir: path or URL of the run's folder.
     build: function that builds a step, as `build_step` does.
     batches_per_step: how many batches of --batch_size a step learns from.
-    signals, target, worker, device, hooks, config: of a
-      `cifar10_multi_gpu_train.Task`: signals that came, the session's target,
-      the number of the worker, where operations go, hooks, configuration.
+    signals, target, worker, device, hooks, config: for a cluster: the list of
+      signals that came, the session's server, the worker's number (0 is the
+      chief), where operations go, more hooks, the session's configuration.
   """
   dataset = cifar10_input.find_dataset(FLAGS.dataset)
   recipe = flags_recipe(dataset)
@@ -94,10 +94,10 @@ def run_training(train_dir, build, batches_per_step=1, signals=None, target='',
     tf.compat.v2.config.experimental.enable_op_determinism()
   with tf.Graph().as_default(), tf.device(device):
     if FLAGS.seed is not None or FLAGS.deterministic:
-      tf.set_random_seed((FLAGS.seed or 0) + worker)  # They draw other images.
+      tf.set_random_seed((FLAGS.seed or 0) + worker)  # Each draws other images.
     global_step = tf.train.get_or_create_global_step()
     train_op, loss = build(dataset, recipe, global_step)
-    # Read after the step: in a cluster, other tasks raise it, too.
+    # Read after this step, not during it; in a cluster, others raise it, too.
     with tf.name_scope('train/'), tf.control_dependencies([train_op]):
       steps_done = tf.identity(global_step.read_value(), name='steps_done')
     if worker == 0:
@@ -112,7 +112,7 @@ def run_training(train_dir, build, batches_per_step=1, signals=None, target='',
   if signals:
     say(f'Stopped by {signals[0].name}: the same command continues.')
     sys.exit(128 + signals[0])  # As shells expect.
-  if logger.step < recipe.max_steps:  # A MonitoredTrainingSession hides why.
+  if logger.step < recipe.max_steps:  # The session hides the error.
     raise UserError(f'the input ended at step {logger.step}: has a file in '
                     f'{dataset.folder} changed?')
   duration = timedelta(seconds=round(time.monotonic() - start))
@@ -133,7 +133,7 @@ def _session(train_dir, target, worker, config, hooks):
       save_relative_paths=True)  # So that --train_dir may be moved.
 
   def restore(scaffold, session):
-    # For each session: when one breaks, there may be newer checkpoints.
+    # Also called when a broken session is replaced: look for newer checkpoints.
     checkpoint = latest_checkpoint(train_dir, report=False)
     if checkpoint:
       say(f'Continuing from {checkpoint}.')
@@ -142,7 +142,7 @@ def _session(train_dir, target, worker, config, hooks):
       saver.recover_last_checkpoints(list(checkpoints(train_dir).values()))
 
   scaffold = tf.train.Scaffold(saver=saver, init_fn=restore)
-  if worker == 0:  # After the logger, which refuses a loss that is not finite.
+  if worker == 0:  # After the logger: it fails first if the loss is not finite.
     hooks.append(tf.train.CheckpointSaverHook(
         train_dir, FLAGS.save_checkpoint_secs, scaffold=scaffold))
   config = config or tf.ConfigProto()
@@ -179,7 +179,7 @@ class LoggerHook(tf.train.SessionRunHook):
                       'Started again, it continues from the last checkpoint.')
     if self.step >= self._recipe.max_steps:
       run_context.request_stop()
-    # Steps are counted from 0. In a cluster, others may do the step in between.
+    # Log if a multiple of it is in [before, step): others do steps in between.
     if -self.step // FLAGS.log_frequency == -before // FLAGS.log_frequency:
       return
     now = time.monotonic()
@@ -198,21 +198,21 @@ class LoggerHook(tf.train.SessionRunHook):
     self.step = session.run(tf.train.get_global_step())
 
 
-# What a run leaves in its folder, and how it is found again. All of it goes
+# What a run keeps in its folder, and how it is found again. All of it goes
 # through TensorFlow's file systems, so the folder may be a URL.
 
 
 def full_path(path):
-  """Returns a flag's URL, or its path as an absolute one, without ~."""
+  """Returns a path as an absolute one, without ~; a URL as it is."""
   return path if '://' in path else os.path.abspath(os.path.expanduser(path))
 
 
 @contextlib.contextmanager
 def locked(folder):
-  """Lets one trainer at a time into a folder, which it makes. Yields its path.
+  """Makes a folder, yields its path, and keeps other trainers out of it.
 
-  The system releases the lock when the process ends. The file stays: deleting
-  it could let two processes in.
+  (Not on Windows, nor at a URL.) The system releases the lock when the process
+  ends. The file stays: deleting it could let two processes in.
   """
   folder = full_path(folder)
   tf.io.gfile.makedirs(folder)
@@ -246,7 +246,7 @@ def step_of(checkpoint):
 
 
 def latest_checkpoint(folder, report=True):
-  """Returns the newest checkpoint in a folder that is whole, or None."""
+  """Returns the newest whole checkpoint; None if there are no checkpoints."""
   found = checkpoints(folder)
   for path in reversed(found.values()):
     try:
@@ -256,7 +256,7 @@ def latest_checkpoint(folder, report=True):
         if value.dtype.kind == 'f' and not np.isfinite(value).all():
           raise ValueError(f'{name} is not finite')
       return path
-    except Exception as error:  # A file that was cut can raise an IndexError.
+    except Exception as error:  # A truncated file can raise an IndexError.
       if report:
         print(f'{path} is damaged and skipped: {first_line(error)}',
               file=sys.stderr, flush=True)
@@ -280,7 +280,7 @@ def restore_checkpoint(checkpoint, saver, session, variables):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What run.json keeps of a run."""
+  """What run.json says about a run."""
   dataset: str
   data_dir: str
   classes: list
@@ -312,14 +312,14 @@ def read_run(folder):
       run = Run(**json.load(f))
       return dataclasses.replace(run, recipe=cifar10.Recipe(**run.recipe))
     except (ValueError, TypeError) as error:
-      raise UserError(f'{path} cannot be used ({error}): remove it, and give '
-                      'the flags of that run.') from error
+      raise UserError(f'{path} cannot be used ({error}): remove it, and '
+                      'repeat the flags of that run.') from error
 
 
 def check_run(train_dir, dataset, recipe, exactly=False):
-  """Refuses to continue a run with another network, optimizer or schedule.
+  """Refuses to continue a run with other classes, network or optimizer.
 
-  Other differences are printed, or, with `exactly`, refused, too.
+  Other differences are printed or, with `exactly`, refused, too.
   """
   run = read_run(train_dir)
   if not run:
@@ -340,12 +340,12 @@ def check_run(train_dir, dataset, recipe, exactly=False):
     flag = name if name == 'dtype' else '--' + name
     if exactly or name in fixed:
       raise UserError(f'{train_dir} was trained with {flag}={then}, not {now}: '
-                      'give it that flag again, or name another --train_dir.')
+                      'use that value again, or another --train_dir.')
     say(f'{flag} is {now} now, was {then}.')
 
 
-# Flags. A script defines its own before it parses them, and no others: so
-# evaluation refuses those that only training knows.
+# Flags. Each script defines only its own, just before it parses them: so
+# evaluation refuses those that only training has.
 
 
 def define_data_flags():
@@ -388,10 +388,10 @@ def define_flags():
       cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
       'How much of an epoch stays in the shuffle queue.', 0.0, 1.0)
   tf.flags.DEFINE_boolean(
-      'deterministic', False, 'End each run of a --seed, by default 0, with '
-      'the same variables, byte for byte.')
+      'deterministic', False, 'Make all runs with the same --seed (default 0) '
+      'end with the same variables, byte for byte.')
   tf.flags.DEFINE_enum('recipe', 'original', list(cifar10.RECIPES),
-                       "Values of other flags: the original's, fast, strong.")
+                       "Where the values of flags not given come from.")
   for field in dataclasses.fields(cifar10.Recipe):
     help_text = field.metadata.get('help')
     if help_text and field.type is str:
@@ -419,13 +419,13 @@ def flags_recipe(dataset):
 
 
 def run_script(main, define_flags):
-  """Runs `main(argv)` with `tf.app.run`. Prints expected errors as a line."""
+  """Runs `main(argv)` with `tf.app.run`. Prints expected errors as one line."""
   with contextlib.suppress(AttributeError):  # In a notebook.
     for console in sys.stdout, sys.stderr:  # It may not know UTF-8.
       console.reconfigure(errors='backslashreplace')
-  # SIGTERM outside of a training loop: end, but remove what is half done.
+  # On SIGTERM outside the training loop, exit through `finally` and `with`.
   signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-  # tf.app.run starts a second log, and shows more than warnings.
+  # tf.app.run would print every message twice, and more than warnings.
   tf.get_logger().setLevel('WARNING')
   tf.get_logger().propagate = False
   define_flags()
@@ -439,7 +439,7 @@ def run_script(main, define_flags):
 
 
 def first_line(error):
-  """Returns what an error says, without TensorFlow's list of operations."""
+  """Returns an error's message as one line, without TensorFlow's node list."""
   message = getattr(error, 'message', None) or str(error) or repr(error)
   before_list = re.search(r'^(.*)\n\s*\[\[\{\{node', message, re.MULTILINE)
   return before_list[1] if before_list else message.splitlines()[0]
@@ -463,7 +463,7 @@ def parse_flags(argv, define_flags):
 
 @contextlib.contextmanager
 def collecting_signals():
-  """Yields a list that gets the first signal to end; a second one ends at once.
+  """Yields a list that gets the first signal; a second one ends the process.
 
   Signals that are ignored, as SIGHUP is under nohup, stay ignored.
   """

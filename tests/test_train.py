@@ -275,7 +275,7 @@ OF_TRAINING = {
     'use_bfloat16': False, 'min_fraction_of_examples_in_queue': 0.4}
 DEFAULTS = {
     cifar10_train: OF_TRAINING,
-    cifar10_multi_gpu_train: {**OF_TRAINING, 'num_gpus': 1},
+    cifar10_multi_gpu_train: {**OF_TRAINING, 'num_gpus': 1, 'sync_replicas': True},
     cifar10_eval: {
         **OF_ALL, 'checkpoint_dir': '/tmp/cifar10_train', 'eval_dir': None,
         'eval_data': 'test', 'eval_interval_secs': 300, 'num_examples': None,
