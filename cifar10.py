@@ -462,12 +462,11 @@ def observe(losses, gradients, rate):
 
 
 def _activation_summaries(**layers):
-  """Summarizes the activations of layers, and how many of them are zero."""
-  for layer, values in layers.items():
-    _histogram_summary(layer + '/activations', values)
-    with tf.name_scope(None), tf.name_scope('summaries/'):
-      zeros = tf.nn.zero_fraction(values)
-    _scalar_summary(layer + '/sparsity', zeros)
+  """How each layer's activations are spread, and how many of them are zero."""
+  with tf.name_scope(None), tf.name_scope('summaries/'):
+    for layer, values in layers.items():
+      _histogram_summary(layer + '/activations', values)
+      _scalar_summary(layer + '/sparsity', tf.nn.zero_fraction(values))
 
 
 def _scalar_summary(tag, value):

@@ -19,7 +19,6 @@ import json
 import logging
 import os
 import pathlib
-import random
 import re
 import shutil
 import sys
@@ -106,7 +105,7 @@ def say(text):
 class Dataset:
   """A data set in CIFAR-10's binary format.
 
-  A record is `label_bytes` bytes, one of which is the label, and then the
+  A record is `label_bytes` bytes, the last of which is the label, and then the
   picture: its red, its green and its blue plane, each row by row.
   """
   name: str          # What --dataset calls it.
@@ -115,9 +114,8 @@ class Dataset:
   eval_files: dict
   classes: tuple     # The name of each label; () accepts all labels.
   label_bytes: int = 1
-  label_byte: int = 0  # Which of them is the label.
   downloads: dict = dataclasses.field(default_factory=dict)  # SHA-256 by URL.
-  pictures: tuple = ()  # To convert: part, label and path of each.
+  pictures: dict = dataclasses.field(default_factory=dict)  # Paths by file.
 
   @property
   def files(self):
@@ -268,47 +266,45 @@ def find_dataset(name):
   if name in DATASETS:
     return DATASETS[name]
   root = pathlib.Path(name).expanduser().resolve()
-  paths = {part: sorted(root.glob(f'{part}/[!.]*/[!.]*'))
-           for part in ('train', 'test')}
-  classes = sorted({path.parent.name for path in paths['train']})
-  unknown = {path.parent.name for path in paths['test']} - set(classes)
-  if unknown or not paths['test'] or not 2 <= len(classes) <= 256:
+  train, test = (sorted(root.glob(f'{part}/[!.]*/[!.]*'))
+                 for part in ('train', 'test'))
+  classes = tuple(sorted({path.parent.name for path in train}))
+  unknown = {path.parent.name for path in test} - set(classes)
+  if unknown or not test or not 2 <= len(classes) <= 256:
     raise UserError(
         f'--dataset={name} must be {", ".join(DATASETS)}, or a folder with '
         'pictures of 2 to 256 classes in train/CLASS/ and test/CLASS/. It '
-        f'has {len(classes)} classes in train/, {len(paths["test"])} files in '
+        f'has {len(classes)} classes in train/, {len(test)} files in '
         f'test/, and {sorted(unknown)} only there.')
   listing = [(str(path.relative_to(root)), path.stat().st_size,
-              path.stat().st_mtime) for path in paths['train'] + paths['test']]
+              path.stat().st_mtime) for path in train + test]
   # The folder's name contains a hash of the listing: if a picture changes, all
   # are converted again.
   digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
   return Dataset(
       name=str(root), folder=f'{root.name}-{WIDTH}x{HEIGHT}-{digest}',
       train_files={'train.bin': None}, eval_files={'test.bin': None},
-      classes=tuple(classes),
-      pictures=tuple((part, classes.index(path.parent.name), path)
-                     for part, found in paths.items() for path in found))
+      classes=classes, pictures={'train.bin': train, 'test.bin': test})
 
 
 def _convert_pictures(dataset, archives, folder):
-  """Converts picture files to records; prints which ones it skips."""
-  say(f'Converting {len(dataset.pictures)} pictures of {dataset.name}')
-  pictures = list(dataset.pictures)
-  # A shuffle queue of 0.4 epochs could not mix files sorted by class.
-  random.Random(1).shuffle(pictures)
-  for part in 'train', 'test':
-    records = []
-    for _, label, path in (each for each in pictures if each[0] == part):
+  """Writes the records of picture files, and names those that it skips."""
+  say(f'Converting the pictures of {dataset.name}')
+  chance = np.random.default_rng(seed=1)
+  for name, paths in dataset.pictures.items():
+    labels, planes = [], []
+    # A shuffle queue of 0.4 epochs could not mix files sorted by class.
+    for path in chance.permutation(paths):
       try:
-        records.append(bytes([label]) + read_picture(path).tobytes())
+        planes.append(read_picture(path))
+        labels.append(dataset.classes.index(path.parent.name))
       except UserError as error:
         say(f'Skipped: {error}')
-    if not records:
-      raise UserError(f'--dataset={dataset.name} has no picture in {part}/ '
+    if not planes:
+      raise UserError(f'--dataset={dataset.name} has no picture for {name} '
                       'that can be read.')
-    with open(os.path.join(folder, part + '.bin'), 'wb') as f:
-      f.writelines(records)
+    _write_records(
+        os.path.join(folder, name), np.array(labels), np.array(planes))
 
 
 def read_picture(path):
@@ -337,7 +333,7 @@ def read_picture(path):
 CIFAR10 = Dataset(
     name='cifar10',
     folder='cifar-10-batches-bin',
-    train_files={'data_batch_%d.bin' % i: 10000 for i in range(1, 6)},
+    train_files={f'data_batch_{i}.bin': 10000 for i in range(1, 6)},
     eval_files={'test_batch.bin': 10000},
     classes=('airplane', 'automobile', 'bird', 'cat', 'deer',
              'dog', 'frog', 'horse', 'ship', 'truck'),
@@ -347,7 +343,7 @@ CIFAR10 = Dataset(
 
 CIFAR10_HOLDOUT = dataclasses.replace(  # To choose settings with.
     CIFAR10, name='cifar10_holdout', eval_files={'data_batch_5.bin': 10000},
-    train_files={'data_batch_%d.bin' % i: 10000 for i in range(1, 5)})
+    train_files={f'data_batch_{i}.bin': 10000 for i in range(1, 5)})
 
 CIFAR100 = Dataset(
     name='cifar100',
@@ -367,7 +363,6 @@ CIFAR100 = Dataset(
         table tank telephone television tiger tractor train trout tulip turtle
         wardrobe whale willow_tree wolf woman worm""".split()),
     label_bytes=2,
-    label_byte=1,
     downloads={
         'https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz':
         '58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec'})
@@ -397,11 +392,12 @@ DATASETS = {dataset.name: dataset for dataset in (
     CIFAR10, CIFAR10_HOLDOUT, CIFAR100, SVHN, SYNTHETIC)}
 
 
-def described_dataset():
-  """Returns CIFAR-10, but with any number of records and any labels."""
-  return dataclasses.replace(
+def _dataset_in(data_dir, dataset=None):
+  """Returns a data set in a folder; by default CIFAR-10's, of any records."""
+  dataset = dataset or dataclasses.replace(
       CIFAR10, train_files=dict.fromkeys(CIFAR10.train_files),
       eval_files=dict.fromkeys(CIFAR10.eval_files), classes=())
+  return dataclasses.replace(dataset, folder=data_dir)
 
 
 # Reading records.
@@ -423,7 +419,7 @@ def check_files(dataset, files):
       raise UserError(f'{path} has {size_bytes} bytes, not {whole_bytes}: move '
                       'it away and start again.')
     labels = np.memmap(path, np.uint8, 'r').reshape(
-        count, dataset.record_bytes)[:, dataset.label_byte]
+        count, dataset.record_bytes)[:, dataset.label_bytes - 1]
     if dataset.classes and labels.max() >= len(dataset.classes):
       raise UserError(f'{path} has the unknown label {labels.max()} in record '
                       f'{labels.argmax()}: move it away and start again.')
@@ -450,7 +446,7 @@ def parse_records(values, dataset):
   """Splits strings into planes, uint8 [n, 3, 32, 32], and labels, int32 [n]."""
   records = tf.ensure_shape(
       tf.decode_raw(values, tf.uint8), [None, dataset.record_bytes])
-  labels = tf.cast(records[:, dataset.label_byte], tf.int32)
+  labels = tf.cast(records[:, dataset.label_bytes - 1], tf.int32)
   planes = tf.reshape(records[:, dataset.label_bytes:],
                       [-1, DEPTH, HEIGHT, WIDTH])
   return planes, labels
@@ -581,7 +577,7 @@ def distorted_inputs(
   Args:
     data_dir: folder with the data set's files.
     batch_size: images in a batch.
-    dataset: the `Dataset`; by default see `described_dataset`.
+    dataset: the `Dataset`; by default any records in CIFAR-10's files.
     image_size: side of the crops in pixels; by default IMAGE_SIZE.
     crop_margin: how many pixels a crop may reach beyond the picture's edges.
     min_fraction_of_examples_in_queue: how much of an epoch stays in the shuffle
@@ -592,8 +588,7 @@ def distorted_inputs(
   Returns images, float32 [batch_size, image_size, image_size, 3], and labels,
   int32 [batch_size]. Raises a UserError if a file has a wrong size or label.
   """
-  dataset = dataclasses.replace(
-      dataset or described_dataset(), folder=data_dir)
+  dataset = _dataset_in(data_dir, dataset)
   image_size = image_size or IMAGE_SIZE
   files = check_files(dataset, dataset.train_files)
   num_examples = (sum(files.values()) if dataset.classes else
@@ -635,8 +630,7 @@ def inputs(eval_data, data_dir, batch_size, dataset=None, image_size=None,
   images, float32 [len(views) * batch_size, image_size, image_size, 3], view by
   view, and labels, int32 [batch_size].
   """
-  dataset = dataclasses.replace(
-      dataset or described_dataset(), folder=data_dir)
+  dataset = _dataset_in(data_dir, dataset)
   files = check_files(
       dataset, dataset.eval_files if eval_data else dataset.train_files)
   with tf.name_scope('input'):

@@ -151,7 +151,7 @@ class Task(tf.train.SessionRunHook):
     # TensorFlow cannot fuse bfloat16 operations in a cluster.
     rewriting = self._config.graph_options.rewrite_options
     rewriting.remapping = rewriting.OFF
-    self._graph, self._give_tokens, self._meet = None, None, []
+    self._give_tokens, self._meet = None, []
     self._train_dir = cifar10_train.full_path(FLAGS.train_dir)
 
   def run(self):
@@ -209,7 +209,8 @@ class Task(tf.train.SessionRunHook):
         concurrent.futures.wait([training], 0.2)
       if self._give_tokens and not training.done():
         # The step may wait for the token of a worker that has ended.
-        pool.submit(self._session(self._graph).run, self._give_tokens)
+        session = self._session(self._give_tokens.graph)
+        pool.submit(session.run, self._give_tokens)
       concurrent.futures.wait([training], 20)
       with tf.Graph().as_default():
         self._session().run([self._queue('end', i).enqueue(0)
@@ -280,7 +281,6 @@ class Task(tf.train.SessionRunHook):
     update_op = optimizer.apply_gradients(gradients, global_step)
     self._hooks.append(optimizer.make_session_run_hook(self._worker == 0))
     self._give_tokens = optimizer.get_init_tokens_op(self._num_workers)
-    self._graph = tf.get_default_graph()
     return update_op
 
   def _apply_alone(self, optimizer, gradients, global_step, recipe):

@@ -106,7 +106,7 @@ TINY = dataclasses.replace(
 
 # Its records have two label bytes, as those of CIFAR-100.
 TWO_LABELS = dataclasses.replace(
-    TINY, label_bytes=2, label_byte=1,
+    TINY, label_bytes=2,
     classes=tuple(f'class {i}' for i in range(100)))
 
 
@@ -141,10 +141,10 @@ def write_random(dataset, folder):
   for name, size in dataset.files.items():
     records = random.integers(
         0, 256, (size, dataset.record_bytes), dtype=np.uint8)
-    records[:, dataset.label_byte] = random.integers(
+    records[:, dataset.label_bytes - 1] = random.integers(
         0, len(dataset.classes), size)
     records.tofile(os.path.join(folder, name))
-    written[name] = records[:, dataset.label_byte], np.moveaxis(
+    written[name] = records[:, dataset.label_bytes - 1], np.moveaxis(
         records[:, dataset.label_bytes:].reshape(size, 3, 32, 32), 1, 3)
   return written
 
@@ -161,7 +161,7 @@ def write_coded(dataset, folder):
     numbers = np.arange(start, start + size) % 250
     start += size
     records = np.zeros([size, dataset.record_bytes], np.uint8)
-    records[:, dataset.label_byte] = numbers % 10
+    records[:, dataset.label_bytes - 1] = numbers % 10
     planes = records[:, dataset.label_bytes:].reshape(size, 3, -1)
     planes[:, 1] = numbers[:, np.newaxis]
     planes[:, 2] = 250
