@@ -6,8 +6,7 @@
     python cifar10_eval.py --export_dir=/tmp/model      # a SavedModel, to serve
 
 Data set, network and number type are those of the run in --checkpoint_dir. Run
-it during training, or afterwards. If training has taken all memory of a GPU,
-CUDA_VISIBLE_DEVICES= puts the evaluation on the CPU.
+it during training, or afterwards.
 """
 import csv
 import dataclasses
@@ -88,6 +87,7 @@ class Evaluation:
     self._classes = dataset.classes
     self._counts = cifar10_input.check_files(
         dataset, dataset.eval_files if is_test else dataset.train_files)
+    cifar10_train.say_where('Evaluating', run.recipe.dtype)
     self._graph = tf.Graph()
     with self._graph.as_default():
       with tf.device('/cpu:0'):

@@ -33,6 +33,7 @@ import cifar10
 from cifar10_input import UserError, say
 
 FLAGS = tf.flags.FLAGS
+_PROC = '/proc'  # Where Linux describes the machine.
 
 
 def train():
@@ -90,6 +91,7 @@ def run_training(train_dir, build, batches_per_step=1, signals=None, target='',
   dataset = cifar10_input.prepare(dataset, FLAGS.data_dir, FLAGS.data_url)
   counts = cifar10_input.check_files(dataset, dataset.train_files)
   recipe = dataclasses.replace(recipe, examples_per_epoch=sum(counts.values()))
+  say_where('Training', recipe.dtype)
   if FLAGS.deterministic:
     tf.compat.v2.config.experimental.enable_op_determinism()
   with tf.Graph().as_default(), tf.device(device):
@@ -196,6 +198,25 @@ class LoggerHook(tf.train.SessionRunHook):
 
   def end(self, session):
     self.step = session.run(tf.train.get_global_step())
+
+
+def say_where(verb, dtype):
+  """Says where the network is computed, and warns if that is too slow."""
+  gpus = tf.config.list_physical_devices('GPU')
+  if gpus:
+    details = tf.config.experimental.get_device_details(gpus[0])
+    say(f'{verb} on GPU:0 ({details.get("device_name")}).')
+    return
+  say(f'{verb} on the CPU, {os.cpu_count()} cores.')
+  if os.path.exists(os.path.join(_PROC, 'driver/nvidia/version')):
+    tf.logging.warning("TensorFlow cannot use this machine's GPU: pip install "
+                       "'tensorflow[and-cuda]'.")
+  with contextlib.suppress(OSError), open(os.path.join(_PROC, 'cpuinfo')) as f:
+    if dtype != 'float32' and not re.search(
+        'avx512_fp16' if dtype == 'float16' else 'avx512_bf16|amx_bf16',
+        f.read()):
+      tf.logging.warning(f'This processor computes {dtype} many times as '
+                         'slowly as float32.')
 
 
 # What a run keeps in its folder, and how it is found again. All of it goes

@@ -68,7 +68,7 @@ def save(tmp_path):
 def read_outcome(run):
   """Returns what the console says about one evaluation."""
   assert (run.code, run.stderr) == (0, '')
-  precision, counts, _, *lines = run.stdout.splitlines()
+  _, precision, counts, _, *lines = run.stdout.splitlines()
   correct, total, step = map(int, CORRECT_LINE.fullmatch(counts).groups())
   assert PRECISION_LINE.fullmatch(precision)[1] == f'{correct / total:.3f}'
   return types.SimpleNamespace(

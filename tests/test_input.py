@@ -382,7 +382,8 @@ def test_own_pictures_are_converted_once_and_mixed(
   assert is_light.sum() == 12 and np.diff(is_light).sum() > 5
   assert records[~is_light, 1:].max() < 90 < 150 < records[is_light, 1:].min()
   (pictures_dir / 'test' / 'dark' / '0.picture').write_text('changed')
-  assert cifar10_input.find_dataset(str(pictures_dir)).folder not in dataset.folder
+  other = cifar10_input.find_dataset(str(pictures_dir)).folder
+  assert other not in dataset.folder
 
 
 def test_own_pictures_are_trained_on_and_evaluated(
@@ -416,7 +417,8 @@ def test_folder_without_classes_or_pictures_is_refused(tmp_path, paths):
     (tmp_path / 'mine' / path / 'note').write_text('no picture')
   with pytest.raises(UserError, match=f'^--dataset={tmp_path / "mine"} .*\\Z'):
     cifar10_input.prepare(
-        cifar10_input.find_dataset(str(tmp_path / "mine")), str(tmp_path / 'data'))
+        cifar10_input.find_dataset(str(tmp_path / 'mine')),
+        str(tmp_path / 'data'))
   assert contents(tmp_path / 'data') == {}
 
 

@@ -1,4 +1,4 @@
-"""cifar10_multi_gpu_train: towers learn as one device, and a cluster ends in time.
+"""cifar10_multi_gpu_train: towers learn as one device, and clusters end.
 
 The tasks of a cluster are processes on this machine; what is killed is killed
 for real.

@@ -25,7 +25,9 @@ LAYERS = ('conv1', 'conv2', 'local3', 'local4', 'softmax_linear')
 
 def test_run_prints_the_lines_that_people_parse(trained):
   assert (trained.code, trained.stderr) == (0, '')
-  filling, *lines, done = trained.stdout.splitlines()
+  where, filling, *lines, done = trained.stdout.splitlines()
+  assert re.fullmatch(r'Training on the CPU, \d+ cores\.|Training on GPU:0 .*',
+                      where)
   assert filling.startswith(
       'Filling queue with 4000 synthetic images before starting to train.')
   parsed = [STEP_LINE.fullmatch(line) for line in lines]
@@ -34,6 +36,26 @@ def test_run_prints_the_lines_that_people_parse(trained):
   assert re.fullmatch(
       r'Trained up to step 11 in 0:\d\d:\d\d\. .*python cifar10_eval.py '
       f'--run_once --checkpoint_dir={trained.train_dir}', done)
+
+
+@pytest.mark.parametrize('dtype, flags, warning', [
+    ('bfloat16', 'avx2 fma', 'This processor computes bfloat16'),
+    ('bfloat16', 'avx2 avx512_bf16', None),
+    ('float16', 'avx2 avx512_bf16', 'This processor computes float16'),
+    ('float32', 'avx2', None)])
+def test_device_is_named_with_what_makes_it_slow(
+    monkeypatch, tmp_path, capsys, caplog, dtype, flags, warning):
+  monkeypatch.setattr(cifar10_train, '_PROC', str(tmp_path))
+  monkeypatch.setattr(tf.config, 'list_physical_devices', lambda kind: [])
+  (tmp_path / 'cpuinfo').write_text(f'flags : {flags}\n')
+  cifar10_train.say_where('Evaluating', dtype)
+  assert capsys.readouterr().out.startswith('Evaluating on the CPU, ')
+  assert [record.getMessage()[:len(warning)] for record in caplog.records
+          ] == [warning] if warning else not caplog.records
+  (tmp_path / 'driver' / 'nvidia').mkdir(parents=True)
+  (tmp_path / 'driver' / 'nvidia' / 'version').write_text('')
+  cifar10_train.say_where('Evaluating', 'float32')
+  assert 'tensorflow[and-cuda]' in caplog.records[-1].getMessage()
 
 
 def test_run_leaves_a_checkpoint_that_the_original_can_load(trained):
@@ -275,7 +297,8 @@ OF_TRAINING = {
     'use_bfloat16': False, 'min_fraction_of_examples_in_queue': 0.4}
 DEFAULTS = {
     cifar10_train: OF_TRAINING,
-    cifar10_multi_gpu_train: {**OF_TRAINING, 'num_gpus': 1, 'sync_replicas': True},
+    cifar10_multi_gpu_train: {
+        **OF_TRAINING, 'num_gpus': 1, 'sync_replicas': True},
     cifar10_eval: {
         **OF_ALL, 'checkpoint_dir': '/tmp/cifar10_train', 'eval_dir': None,
         'eval_data': 'test', 'eval_interval_secs': 300, 'num_examples': None,
