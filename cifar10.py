@@ -341,11 +341,15 @@ def loss(logits, labels, scope=None, recipe=None):
   logits = tf.cast(logits, tf.float32)
   cross_entropies = tf.nn.sparse_softmax_cross_entropy_with_logits(
       labels=labels, logits=logits, name='cross_entropy_per_example')
+  cross_entropy = tf.reduce_mean(cross_entropies, name='cross_entropy')
   if recipe and recipe.label_smoothing:  # Szegedy et al. 2016, section 7.
-    to_all = tf.reduce_logsumexp(logits, 1) - tf.reduce_mean(logits, 1)
-    cross_entropies += recipe.label_smoothing * (to_all - cross_entropies)
-  tf.add_to_collection(
-      'losses', tf.reduce_mean(cross_entropies, axis=0, name='cross_entropy'))
+    _scalar_summary('cross_entropy', cross_entropy)  # As evaluation's.
+    with tf.name_scope('label_smoothing'):
+      to_all = tf.reduce_logsumexp(logits, 1) - tf.reduce_mean(logits, 1)
+      smoothed = cross_entropies + recipe.label_smoothing * (
+          to_all - cross_entropies)
+    cross_entropy = tf.reduce_mean(smoothed, name='smoothed_cross_entropy')
+  tf.add_to_collection('losses', cross_entropy)
   with tf.name_scope(None), tf.name_scope('summaries/'):
     hits = tf.cast(tf.nn.in_top_k(logits, labels, 1), tf.float32)
     # Evaluation has this tag, too, but of pictures without distortion.

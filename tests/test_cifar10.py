@@ -190,7 +190,8 @@ def test_loss_is_cross_entropy_and_weight_decays(
     losses, total, cross_entropy = session.run(
         [losses, total_loss, cross_entropy])
   expected = {
-      'mine': 1.0, 'cross_entropy': cross_entropy,
+      'mine': 1.0,
+      'smoothed_cross_entropy' if smoothing else 'cross_entropy': cross_entropy,
       **{f'{layer}/weight_loss':
          decay * np.square(values[f'{layer}/weights']).sum() / 2
          for layer in ('local3', 'local4')}}
