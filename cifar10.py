@@ -41,8 +41,10 @@ TOWER_NAME = 'tower'  # The towers of a multi-GPU run are tower_0, tower_1, ...
 
 def _flag(default, help_text, lower=None, upper=None, choices=None):
   """A field of `Recipe` that cifar10_train.py turns into a flag."""
-  return dataclasses.field(default=default, metadata={
-      'help': help_text, 'bounds': (lower, upper), 'choices': choices})
+  limits = ({'enum_values': choices} if choices else
+            {'lower_bound': lower, 'upper_bound': upper})
+  return dataclasses.field(
+      default=default, metadata={'help': help_text, **limits})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,8 +59,7 @@ def latest(folder):
   """
   checkpoint = cifar10_train.latest_checkpoint(folder)
   if not checkpoint:
-    raise UserError(f'--checkpoint_dir={folder} has no checkpoint: '
-                    'cifar10_train.py writes them.')
+    raise UserError(f'--checkpoint_dir={folder} has no checkpoint.')
   run = cifar10_train.read_run(folder)
   if not run:
     classes = cifar10_input.find_dataset(FLAGS.dataset).classes
@@ -96,11 +95,7 @@ class Evaluation:
       central = images[:FLAGS.batch_size]  # The first of the views.
       self._fetches = central, labels, _probabilities(images, run.recipe)
       self._summary = tf.summary.merge_all()
-      # A MonitoredSession freezes its graph, so all of it is built here.
-      restore = make_restorer()
-      self._scaffold = tf.train.Scaffold(
-          init_op=tf.no_op(),  # Restoring gives all variables their values.
-          init_fn=lambda _, session: restore(self._checkpoint, session))
+      self._restore = make_restorer()
     self._writer = tf.summary.FileWriter(cifar10_train.full_path(
         FLAGS.eval_dir or os.path.join(folder, 'eval')), self._graph)
 
@@ -108,31 +103,34 @@ class Evaluation:
     """Evaluates a checkpoint; prints, lists and summarizes the outcome."""
     total = sum(self._counts.values())
     total = min(FLAGS.num_examples or total, total)
-    outcome, self._checkpoint = Outcome(self._classes), checkpoint
+    outcome = Outcome(self._classes)
     keys = (f'{os.path.basename(path)}:{i}'
             for path, count in self._counts.items() for i in range(count))
     csv_path = cifar10_train.full_path(FLAGS.predictions_csv or os.devnull)
-    with self._graph.as_default(), tf.io.gfile.GFile(csv_path, 'w') as f, \
-        tf.train.MonitoredSession(
-            tf.train.ChiefSessionCreator(self._scaffold)) as session:
+    with tf.Session(graph=self._graph) as session, \
+        tf.io.gfile.GFile(csv_path, 'w') as f:
       table = csv.writer(f)
       table.writerow(['key', 'label', 'prediction', *self._classes])
-      while outcome.total < total:
-        # The last batch may have more examples than are left to count.
-        images, labels, probabilities = (
-            values[:total - outcome.total]
-            for values in session.run(self._fetches))
-        if not np.isfinite(probabilities).all():
-          raise UserError(f'{checkpoint}: probabilities are not finite.')
-        outcome.add(images, labels, probabilities)
-        for label, values in zip(labels, probabilities):
-          table.writerow([
-              next(keys), self._classes[label], self._classes[values.argmax()],
-              *(f'{value:.6f}' for value in values)])
-      summary = tf.Summary.FromString(session.run(self._summary))
-    if outcome.total < total:  # A MonitoredSession hides why.
-      raise UserError(f'the input ended after {outcome.total} examples: has a '
-                      'file of the data set changed?')
+      self._restore(checkpoint, session)
+      # It stops the threads of the queues; `join` raises what failed first.
+      coord = tf.train.Coordinator()
+      threads = tf.train.start_queue_runners(session, coord)
+      with coord.stop_on_exception():
+        for start in range(0, total, FLAGS.batch_size):
+          # The last batch may have more examples than are left to count.
+          images, labels, probabilities = (
+              values[:total - start] for values in session.run(self._fetches))
+          if not np.isfinite(probabilities).all():
+            raise UserError(f'{checkpoint}: probabilities are not finite.')
+          outcome.add(images, labels, probabilities)
+          for label, values in zip(labels, probabilities):
+            table.writerow([
+                next(keys), self._classes[label],
+                self._classes[values.argmax()],
+                *(f'{value:.6f}' for value in values)])
+        summary = tf.Summary.FromString(session.run(self._summary))
+        coord.request_stop()
+      coord.join(threads)
     step = cifar10_train.step_of(checkpoint)
     outcome.print_out(step)
     outcome.summarize(summary)
@@ -201,12 +199,13 @@ class Outcome:
     shades = np.uint8(255 - 255 * shares ** 0.5)  # The root darkens small ones.
     side = cell * len(self._classes)
     picture = PIL.Image.new('RGB', [margin + side] * 2, 'white')
-    for i, name in enumerate(self._classes if margin else []):
-      _write(picture, [4, margin + cell * i + 8], name[:16])
     picture.paste(PIL.Image.fromarray(shades).resize(
         [side, side], PIL.Image.Resampling.NEAREST), [margin, margin])
-    _write(picture, [4, margin - 50], 'Down: true class.\nAcross: predicted '
-           'class, in the same order.'[:margin])
+    if margin:
+      _write(picture, [4, margin - 50], 'Down: true class.\nAcross: predicted '
+             'class, in the same order.')
+      for i, name in enumerate(self._classes):
+        _write(picture, [4, margin + cell * i + 8], name[:16])
     return picture
 
   def _draw_mistakes(self):

@@ -11,16 +11,12 @@ Reading and distorting images takes time, and the network should not wait for
 it. So threads do it in advance: those of a `QueueRunner` run the operation that
 fills a queue over and over, and the network takes batches out at its other end.
 """
-import contextlib
 import dataclasses
 import hashlib
-import http.client
-import json
 import logging
 import os
 import pathlib
 import re
-import shutil
 import sys
 import tarfile
 import tempfile
@@ -33,27 +29,20 @@ import PIL.Image
 import PIL.ImageOps
 
 
-@contextlib.contextmanager
-def _quiet_stderr():
-  """Hides what TensorFlow prints before it reads its log level."""
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-  with open(os.devnull, 'w') as devnull:
-    stderr = os.dup(2)
-    os.dup2(devnull.fileno(), 2)
-    try:
-      yield
-    finally:
-      os.dup2(stderr, 2)
-      os.close(stderr)
-
-
 # TensorFlow uses the fast kernels of oneDNN by default only on processors with
 # AVX512-VNNI or better. With AVX2 alone, they halve the time of a step.
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
 # So that training leaves memory of a GPU to evaluation beside it.
 os.environ.setdefault('TF_FORCE_GPU_ALLOW_GROWTH', 'true')
-with _quiet_stderr():
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+_stderr = os.dup(2)
+with open(os.devnull, 'w') as _devnull:
+  os.dup2(_devnull.fileno(), 2)  # TensorFlow prints before it reads its level.
+try:
   import tensorflow.compat.v1 as tf
+finally:
+  os.dup2(_stderr, 2)
+  os.close(_stderr)
 
 # TensorFlow calls graphs, queues and sessions deprecated; but we teach them. A
 # StepCounterHook warns if it reads the step before an update is complete.
@@ -161,17 +150,17 @@ def _archive(dataset, source, data_dir, unfinished, url):
   name, sha256 = os.path.basename(source), dataset.downloads[source]
   if url:
     source = f'{url}/{name}' if len(dataset.downloads) > 1 else url
-  archive = found = os.path.join(data_dir, name)
-  if os.path.exists(archive):
-    source = archive  # It may have been put there by hand.
+  archive = os.path.join(data_dir, name)
+  if os.path.exists(archive):  # It may have been put there by hand.
+    source = found = archive
   else:
     found = os.path.join(unfinished, name)
     _download(source, found, archive)
   with open(found, 'rb') as f:
     digest = hashlib.file_digest(f, 'sha256').hexdigest()
   if digest != sha256:
-    raise UserError(f'{source} is not the published file: its SHA-256 is '
-                    f'{digest}, not {sha256}.')
+    raise UserError(f'{source} is not the published file, or not all of it: '
+                    f'its SHA-256 is {digest}, not {sha256}.')
   os.replace(found, archive)
   return archive
 
@@ -187,13 +176,10 @@ def _download(url, path, archive):
         f.write(chunk)
         if size_bytes and sys.stdout.isatty():
           print(f'{f.tell() / size_bytes:.0%}', end='\r', flush=True)
-      if f.tell() < size_bytes:
-        raise OSError('the connection broke off')
-  except (OSError, ValueError, http.client.HTTPException) as error:
+  except Exception as error:  # URLs and servers have many kinds of faults.
     raise UserError(
         f'{url} cannot be downloaded ({error}). Name a mirror with --data_url, '
-        f'save the archive as {archive} yourself, or use --dataset=synthetic, '
-        'which needs no download.') from error
+        f'put it in place as {archive}, or use --dataset=synthetic.') from error
 
 
 def _extract(dataset, archives, folder):
@@ -202,7 +188,7 @@ def _extract(dataset, archives, folder):
     for name in dataset.files:
       with tar.extractfile(f'{dataset.folder}/{name}') as member, \
           open(os.path.join(folder, name), 'wb') as f:
-        shutil.copyfileobj(member, f)
+        f.write(member.read())
 
 
 def _convert_svhn(dataset, archives, folder):
@@ -282,7 +268,7 @@ def find_dataset(name):
               path.stat().st_mtime) for path in train + test]
   # The folder's name contains a hash of the listing: if a picture changes, all
   # are converted again.
-  digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+  digest = hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
   return Dataset(
       name=str(root), folder=f'{root.name}-{WIDTH}x{HEIGHT}-{digest}',
       train_files={'train.bin': None}, eval_files={'test.bin': None},
@@ -458,8 +444,8 @@ def _fill(queue, paths, dataset, shuffle):
   """Fills a queue with records. The session starts the thread that does it."""
   filename_queue = tf.train.string_input_producer(
       paths, shuffle=shuffle, name='file_names')
-  reader = tf.FixedLengthRecordReader(dataset.record_bytes)
-  _, values = reader.read_up_to(filename_queue, _RECORDS_PER_READ)
+  _, values = tf.FixedLengthRecordReader(dataset.record_bytes).read_up_to(
+      filename_queue, _RECORDS_PER_READ)
   tf.train.add_queue_runner(
       tf.train.QueueRunner(queue, [queue.enqueue_many([values])]))
 
@@ -500,30 +486,6 @@ def distort(planes, distortions, image_size):
   [batch, image_size, image_size, 3], each image with mean 0 and, unless all of
   its pixels are the same grey, standard deviation 1.
   """
-  crops = _crop_and_flip(planes, distortions, image_size)
-  brightness, contrast = (
-      tf.reshape(values, [-1, 1, 1, 1])
-      for values in (distortions.brightness, distortions.contrast))
-
-  # Everything after the crop shifts and scales whole channels: brightness and
-  # contrast change a channel's mean and variance in a way that we can compute
-  # without the pixels, and one pass over the pixels does all three operations.
-  # (Standardization cancels the brightness change; we keep it because the
-  # tutorial has it.)
-  means, variances = tf.nn.moments(crops, [2, 3], keepdims=True)
-  channel_means = means + brightness
-  offsets = channel_means - tf.reduce_mean(channel_means, 1, keepdims=True)
-  variance = tf.reduce_mean(
-      tf.square(contrast) * variances + tf.square(offsets), 1, keepdims=True)
-  # As tf.image.per_image_standardization: never divide by (almost) nothing.
-  num_values = crops.shape[1:].num_elements()
-  scale = 1 / tf.maximum(tf.sqrt(variance), num_values ** -0.5)
-  standardized = (crops - means) * (contrast * scale) + offsets * scale
-  return tf.transpose(standardized, [0, 2, 3, 1])
-
-
-def _crop_and_flip(planes, distortions, image_size):
-  """Returns float32 [batch, 3, image_size, image_size] for `distort`."""
   steps = tf.range(image_size)
   rows = distortions.top[:, tf.newaxis] + steps
   columns = distortions.left[:, tf.newaxis] + tf.where_v2(
@@ -536,7 +498,25 @@ def _crop_and_flip(planes, distortions, image_size):
   values = tf.cast(tf.gather(planes, rows, axis=2, batch_dims=1), tf.float32)
   selected = tf.matmul(tf.reshape(values, [-1, DEPTH * image_size, WIDTH]),
                        tf.one_hot(columns, WIDTH, axis=1))
-  return tf.reshape(selected, [-1, DEPTH, image_size, image_size])
+  crops = tf.reshape(selected, [-1, DEPTH, image_size, image_size])
+
+  # Everything after the crop shifts and scales whole channels: brightness and
+  # contrast change a channel's mean and variance in a way that we can compute
+  # without the pixels, and one pass over the pixels does all three operations.
+  # (Standardization cancels the brightness change; we keep it because the
+  # tutorial has it.)
+  brightness = tf.reshape(distortions.brightness, [-1, 1, 1, 1])
+  contrast = tf.reshape(distortions.contrast, [-1, 1, 1, 1])
+  means, variances = tf.nn.moments(crops, [2, 3], keepdims=True)
+  channel_means = means + brightness
+  offsets = channel_means - tf.reduce_mean(channel_means, 1, keepdims=True)
+  variance = tf.reduce_mean(
+      tf.square(contrast) * variances + tf.square(offsets), 1, keepdims=True)
+  # As tf.image.per_image_standardization: never divide by (almost) nothing.
+  num_values = crops.shape[1:].num_elements()
+  scale = 1 / tf.maximum(tf.sqrt(variance), num_values ** -0.5)
+  standardized = (crops - means) * (contrast * scale) + offsets * scale
+  return tf.transpose(standardized, [0, 2, 3, 1])
 
 
 # Views: pixels down and right of the central crop, and whether it is mirrored.
@@ -614,9 +594,8 @@ def distorted_inputs(
     batches = tf.FIFOQueue(
         4, [images.dtype, labels.dtype],
         [images.shape, labels.shape], name='batches')
-    enqueue = batches.enqueue([images, labels])
-    tf.train.add_queue_runner(
-        tf.train.QueueRunner(batches, [enqueue] * num_threads))
+    tf.train.add_queue_runner(tf.train.QueueRunner(
+        batches, [batches.enqueue([images, labels])] * num_threads))
     images, labels = batches.dequeue()
   say(f'Filling queue with {min_queue_examples} {dataset.name} images before '
       'starting to train. This will take a few seconds.')

@@ -13,7 +13,6 @@ a TensorFlow cluster; README.md has an example.
 """
 import concurrent.futures
 import json
-import math
 import os
 import signal
 import sys
@@ -55,8 +54,12 @@ def build_step(dataset, recipe, global_step, num_workers=1,
     with tf.name_scope('train'):
       rate = cifar10.learning_rate(global_step, recipe, examples * num_workers)
       optimizer = cifar10.make_optimizer(rate, recipe)
+    gpus = len(tf.config.list_physical_devices('GPU'))
+    devices = [f'/gpu:{i % gpus}' if gpus else '/cpu:0'  # They may share one.
+               for i in range(FLAGS.num_gpus)]
+    cifar10_input.say(f'The towers are on {", ".join(devices)}.')
     tower_losses, tower_grads = [], []
-    for i, device in enumerate(tower_devices(FLAGS.num_gpus)):
+    for i, device in enumerate(devices):
       # The first tower makes the variables; `reuse` gives them to the others.
       with tf.variable_scope(tf.get_variable_scope(), reuse=i > 0), \
           tf.device(device), \
@@ -65,7 +68,8 @@ def build_step(dataset, recipe, global_step, num_workers=1,
         loss = tower_loss(scope, images[part], labels[part], recipe)
         tower_losses.append(tf.get_collection('losses', scope) + [loss])
         tower_grads.append(optimizer.compute_gradients(loss))
-    losses = average_losses(tower_losses)
+    losses = [_average(each, each[0].op.name.partition('/')[2])
+              for each in zip(*tower_losses)]  # Named as without a tower.
     with tf.name_scope('train/'):
       gradients = average_gradients(tower_grads)
       update_op = apply_gradients(optimizer, gradients, global_step, recipe)
@@ -74,24 +78,9 @@ def build_step(dataset, recipe, global_step, num_workers=1,
   return train_op, losses[-1]
 
 
-def tower_devices(num_towers):
-  """Returns the device of each tower, and prints them. Towers may share one."""
-  gpus = len(tf.config.list_physical_devices('GPU'))
-  devices = [f'/gpu:{i % gpus}' if gpus else '/cpu:0'
-             for i in range(num_towers)]
-  cifar10_input.say(f'The towers are on {", ".join(devices)}.')
-  return devices
-
-
 def tower_loss(scope, images, labels, recipe=None):
   """Returns the total loss of the tower with that name scope; see `loss`."""
   return cifar10.loss(cifar10.inference(images, recipe), labels, scope, recipe)
-
-
-def average_losses(tower_losses):
-  """Averages each loss over all towers; each of them has a list of scalars."""
-  return [_average(losses, losses[0].op.name.partition('/')[2])
-          for losses in zip(*tower_losses)]  # Named as without a tower.
 
 
 def average_gradients(tower_grads):
@@ -168,7 +157,6 @@ class Task(tf.train.SessionRunHook):
       code = 1
       print(f'{self._name}: {cifar10_train.first_line(error)}', file=sys.stderr)
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code or 0)  # A running server blocks a normal exit.
 
   def _session(self, graph=None):
@@ -186,7 +174,7 @@ class Task(tf.train.SessionRunHook):
     """
     with cifar10_train.collecting_signals() as signals, tf.Graph().as_default():
       num_ends = self._queue('end', self._index).size()
-      session, deadline = self._session(), math.inf
+      session, deadline = self._session(), float('inf')
       while not session.run(num_ends) and time.monotonic() < deadline:
         if signals:
           deadline = min(deadline, time.monotonic() + 15)

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 from datetime import datetime, timedelta
 import json
-import math
 import os
 import re
 import signal
@@ -85,8 +84,7 @@ def run_training(train_dir, build, batches_per_step=1, signals=None, target='',
   if checkpoint and worker == 0:
     check_run(train_dir, dataset, recipe)
   if checkpoint and step_of(checkpoint) >= recipe.max_steps:
-    say(f'{checkpoint} has been trained for {step_of(checkpoint)} steps '
-        'already: --overwrite starts again from step 0.')
+    say(f'{checkpoint} has all its steps: --overwrite starts again.')
     return
   dataset = cifar10_input.prepare(dataset, FLAGS.data_dir, FLAGS.data_url)
   counts = cifar10_input.check_files(dataset, dataset.train_files)
@@ -130,9 +128,8 @@ def _session(train_dir, target, worker, config, hooks):
   it needs to start: here, how to save and to restore.
   """
   variables = {variable.op.name: variable for variable in tf.global_variables()}
-  saver = tf.train.Saver(
-      variables, max_to_keep=FLAGS.max_to_keep,
-      save_relative_paths=True)  # So that --train_dir may be moved.
+  saver = tf.train.Saver(  # Relative paths: so --train_dir may be moved.
+      variables, max_to_keep=FLAGS.max_to_keep, save_relative_paths=True)
 
   def restore(scaffold, session):
     # Also called when a broken session is replaced: look for newer checkpoints.
@@ -173,16 +170,15 @@ class LoggerHook(tf.train.SessionRunHook):
     return tf.train.SessionRunArgs(self._fetches)
 
   def after_run(self, run_context, run_values):
-    before = self.step
+    before = self.step - 1
     loss, self.step = run_values.results
-    if not math.isfinite(loss):
+    if not np.isfinite(loss):
       raise UserError(f'the loss at step {self.step - 1} is {loss}: lower '
-                      f'--learning_rate (now {self._recipe.learning_rate}). '
-                      'Started again, it continues from the last checkpoint.')
+                      f'--learning_rate (now {self._recipe.learning_rate}).')
     if self.step >= self._recipe.max_steps:
       run_context.request_stop()
-    # Log if a multiple of it is in [before, step): others do steps in between.
-    if -self.step // FLAGS.log_frequency == -before // FLAGS.log_frequency:
+    # Log if a multiple of it is in (before, step): others do steps in between.
+    if (self.step - 1) // FLAGS.log_frequency == before // FLAGS.log_frequency:
       return
     now = time.monotonic()
     secs = (now - self._time) / max(1, self.step - self._logged)
@@ -282,13 +278,12 @@ def latest_checkpoint(folder, report=True):
         print(f'{path} is damaged and skipped: {first_line(error)}',
               file=sys.stderr, flush=True)
   if found:
-    raise UserError(f'no checkpoint in {folder} is whole: --overwrite starts '
-                    'again from step 0.')
+    raise UserError(f'no checkpoint in {folder} is whole: see --overwrite.')
   return None
 
 
 def restore_checkpoint(checkpoint, saver, session, variables):
-  """Restores variables, by their names. A UserError says if they do not fit."""
+  """Restores variables, if they fit: `Saver` takes values of any shape."""
   reader = tf.train.NewCheckpointReader(checkpoint)
   shapes = reader.get_variable_to_shape_map()
   for name, variable in variables.items():
@@ -413,15 +408,11 @@ def define_flags():
       'end with the same variables, byte for byte.')
   tf.flags.DEFINE_enum('recipe', 'original', list(cifar10.RECIPES),
                        "Where the values of flags not given come from.")
+  define = {int: tf.flags.DEFINE_integer, float: tf.flags.DEFINE_float,
+            str: tf.flags.DEFINE_enum}
   for field in dataclasses.fields(cifar10.Recipe):
-    help_text = field.metadata.get('help')
-    if help_text and field.type is str:
-      tf.flags.DEFINE_enum(
-          field.name, field.default, field.metadata['choices'], help_text)
-    elif help_text:
-      define = {int: tf.flags.DEFINE_integer, float: tf.flags.DEFINE_float}
-      define[field.type](
-          field.name, field.default, help_text, *field.metadata['bounds'])
+    if field.metadata:
+      define[field.type](field.name, field.default, **field.metadata)
 
 
 def flags_recipe(dataset):

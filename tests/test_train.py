@@ -313,7 +313,7 @@ def test_recipe_field_with_a_help_text_is_a_flag_with_bounds():
   assert {field.name for field in fields} == {*OF_RECIPES}
   for field in fields:
     assert field.metadata['help'] in FLAGS[field.name].help
-    wrong = 'x' if field.type is str else field.metadata['bounds'][0] - 1
+    wrong = 'x' if field.type is str else field.metadata['lower_bound'] - 1
     with pytest.raises(tf.flags.Error, match=f'--{field.name}={wrong}'):
       FLAGS(['script.py', f'--{field.name}={wrong}'])
 
