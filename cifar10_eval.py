@@ -23,7 +23,7 @@ import tensorflow.compat.v1 as tf
 
 import cifar10
 import cifar10_train
-from cifar10_input import UserError
+from cifar10_input import UserError, say
 
 FLAGS = tf.flags.FLAGS
 
@@ -168,15 +168,15 @@ class Outcome:
   def print_out(self, step):
     """Prints precision @ 1, and recall and precision of each class."""
     correct, width = self.confusion.trace(), max(map(len, self._classes))
-    print(f'{datetime.now()}: precision @ 1 = {correct / self.total:.3f}')
-    print(f'{correct}/{self.total} correct at step {step}')
-    print(f'  {"":{width}}  recall              precision')
+    say(f'{datetime.now()}: precision @ 1 = {correct / self.total:.3f}')
+    say(f'{correct}/{self.total} correct at step {step}')
+    say(f'  {"":{width}}  recall              precision')
     for i, name in enumerate(self._classes):
       right = self.confusion[i, i]
       true, predicted = self.confusion[i].sum(), self.confusion[:, i].sum()
-      print(f'  {name:{width}}  {right / max(true, 1):.3f} '
-            f'{f"({right}/{true})":13} {right / max(predicted, 1):.3f} '
-            f'({right}/{predicted})')
+      say(f'  {name:{width}}  {right / max(true, 1):.3f} '
+          f'{f"({right}/{true})":13} {right / max(predicted, 1):.3f} '
+          f'({right}/{predicted})')
 
   def summarize(self, summary):
     """Adds two numbers and two pictures to a `tf.Summary`."""

@@ -135,8 +135,9 @@ class Task(tf.train.SessionRunHook):
     self._worker = index + 1 if job == 'worker' else 0
     self._num_workers = len(jobs['chief'] + jobs.get('worker', []))
     # A session waits for all tasks that it can see, even for those that have
-    # left: so it sees the servers only.
-    self._config = tf.ConfigProto(device_filters=['/job:ps', self._device])
+    # left: so it sees the servers only, and a server sees itself.
+    self._config = tf.ConfigProto(
+        device_filters=[self._device] + ['/job:ps'] * (job != 'ps'))
     # TensorFlow cannot fuse bfloat16 operations in a cluster.
     rewriting = self._config.graph_options.rewrite_options
     rewriting.remapping = rewriting.OFF
@@ -156,7 +157,6 @@ class Task(tf.train.SessionRunHook):
     except (UserError, OSError, tf.errors.OpError) as error:
       code = 1
       print(f'{self._name}: {cifar10_train.first_line(error)}', file=sys.stderr)
-    sys.stdout.flush()
     os._exit(code or 0)  # A running server blocks a normal exit.
 
   def _session(self, graph=None):
@@ -188,10 +188,10 @@ class Task(tf.train.SessionRunHook):
     """
     # Hide that TensorFlow's summing thread fails when the session closes.
     threading.excepthook = lambda error: None
+    self._wait_for_servers()  # Until then, a signal just ends the chief, too.
     with cifar10_train.locked(self._train_dir), \
         cifar10_train.collecting_signals() as signals:
-      self._wait_for_servers()
-      pool = concurrent.futures.ThreadPoolExecutor(2)
+      pool = concurrent.futures.ThreadPoolExecutor(3)
       training = pool.submit(self._train, signals)
       while not training.done() and not signals:
         concurrent.futures.wait([training], 0.2)
@@ -201,9 +201,9 @@ class Task(tf.train.SessionRunHook):
         pool.submit(session.run, self._give_tokens)
       concurrent.futures.wait([training], 20)
       with tf.Graph().as_default():
-        self._session().run([self._queue('end', i).enqueue(0)
-                             for i in range(len(self._servers))])
-      # It raises what went wrong.
+        ends = [self._queue('end', i).enqueue(0)
+                for i in range(len(self._servers))]
+        concurrent.futures.wait([pool.submit(self._session().run, ends)], 5)
       return training.result() if training.done() else 128 + signals[0]
 
   def _wait_for_servers(self):

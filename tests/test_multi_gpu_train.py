@@ -170,9 +170,9 @@ class Cluster:
                    f'--train_dir={train_dir}', '--batch_size=8',
                    '--log_frequency=1']
 
-  def start(self, *flags, worker_0_flags=()):
-    for job, addresses in self.jobs.items():
-      for i in range(len(addresses)):
+  def start(self, *flags, worker_0_flags=(), jobs=('chief', 'worker', 'ps')):
+    for job in jobs:
+      for i in range(len(self.jobs[job])):
         more = worker_0_flags if (job, i) == ('worker', 0) else ()
         self.tasks[job, i] = self._start_script(
             'cifar10_multi_gpu_train', *self._flags, *flags, *more,
@@ -224,13 +224,20 @@ def test_sigterm_to_all_saves_and_a_killed_ps_costs_no_run(cluster, tmp_path):
   assert reached >= max(cluster.steps()) - 1
   cluster.start('--max_steps=100000', '--save_checkpoint_secs=2')
   cluster.reach(reached + 2)
-  cluster.send(signal.SIGKILL, ('ps', 1))
-  cluster.send(signal.SIGKILL)  # A task that dies ends the run.
-  cluster.codes()
+  cluster.send(signal.SIGKILL, ('ps', 1))  # A task that dies ends the run:
+  cluster.send(signal.SIGTERM)             # stop the others.
+  assert cluster.codes()['chief', 0] == 143
   reached = newest_step(tmp_path / 'run')
   cluster.start(f'--max_steps={reached + 5}')
   assert set(cluster.codes().values()) == {0}
   assert newest_step(tmp_path / 'run') == reached + 5
+
+
+def test_chief_that_waits_for_its_servers_ends_at_a_signal(cluster):
+  cluster.start('--max_steps=12', jobs=('chief',))
+  time.sleep(8)  # By then it asks for servers that are not there.
+  cluster.send(signal.SIGTERM)
+  assert cluster.codes()['chief', 0] in (143, -signal.SIGTERM)
 
 
 def test_worker_with_another_recipe_is_refused(cluster):
