@@ -199,7 +199,7 @@ class Task(tf.train.SessionRunHook):
         # The step may wait for the token of a worker that has ended.
         session = self._session(self._give_tokens.graph)
         pool.submit(session.run, self._give_tokens)
-      concurrent.futures.wait([training], 20)
+      concurrent.futures.wait([training], 10)
       with tf.Graph().as_default():
         ends = [self._queue('end', i).enqueue(0)
                 for i in range(len(self._servers))]
