@@ -380,12 +380,16 @@ DATASETS = {dataset.name: dataset for dataset in (
     CIFAR10, CIFAR10_HOLDOUT, CIFAR100, SVHN, SYNTHETIC)}
 
 
-def _dataset_in(data_dir, dataset=None):
-  """Returns a data set in a folder; by default CIFAR-10's, of any records."""
-  dataset = dataset or dataclasses.replace(
+def _chosen(data_dir, dataset, image_size):
+  """Returns a data set in a folder and an image size, with their defaults."""
+  dataset = dataset or dataclasses.replace(  # Any records in CIFAR-10's files.
       CIFAR10, train_files=dict.fromkeys(CIFAR10.train_files),
       eval_files=dict.fromkeys(CIFAR10.eval_files), classes=())
-  return dataclasses.replace(dataset, folder=data_dir)
+  image_size = image_size or IMAGE_SIZE
+  if image_size > min(HEIGHT, WIDTH):
+    raise UserError(f'an image size of {image_size} is more than the '
+                    f'{HEIGHT}x{WIDTH} pixels of a picture.')
+  return dataclasses.replace(dataset, folder=data_dir), image_size
 
 
 # Reading records.
@@ -570,8 +574,7 @@ def distorted_inputs(
   Returns images, float32 [batch_size, image_size, image_size, 3], and labels,
   int32 [batch_size]. Raises a UserError if a file has a wrong size or label.
   """
-  dataset = _dataset_in(data_dir, dataset)
-  image_size = image_size or IMAGE_SIZE
+  dataset, image_size = _chosen(data_dir, dataset, image_size)
   files = check_files(dataset, dataset.train_files)
   num_examples = (sum(files.values()) if dataset.classes else
                   NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN)
@@ -611,7 +614,7 @@ def inputs(eval_data, data_dir, batch_size, dataset=None, image_size=None,
   images, float32 [len(views) * batch_size, image_size, image_size, 3], view by
   view, and labels, int32 [batch_size].
   """
-  dataset = _dataset_in(data_dir, dataset)
+  dataset, image_size = _chosen(data_dir, dataset, image_size)
   files = check_files(
       dataset, dataset.eval_files if eval_data else dataset.train_files)
   with tf.name_scope('input'):
@@ -619,5 +622,5 @@ def inputs(eval_data, data_dir, batch_size, dataset=None, image_size=None,
         4 * max(batch_size, _RECORDS_PER_READ), [tf.string], [[]], name='queue')
     _fill(queue, list(files), dataset, shuffle=False)
     planes, labels = parse_records(queue.dequeue_many(batch_size), dataset)
-    images = crop_views(planes, views, image_size or IMAGE_SIZE)
+    images = crop_views(planes, views, image_size)
   return images, labels

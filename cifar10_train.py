@@ -84,7 +84,7 @@ def run_training(train_dir, build, batches_per_step=1, signals=None, target='',
   if checkpoint and worker == 0:
     check_run(train_dir, dataset, recipe)
   if checkpoint and step_of(checkpoint) >= recipe.max_steps:
-    say(f'{checkpoint} has all its steps: --overwrite starts again.')
+    say(f'{checkpoint} has all its steps: raise --max_steps, or --overwrite.')
     return
   dataset = cifar10_input.prepare(dataset, FLAGS.data_dir, FLAGS.data_url)
   counts = cifar10_input.check_files(dataset, dataset.train_files)

@@ -194,6 +194,16 @@ def test_evaluation_reads_all_in_order_again_and_again(
   np.testing.assert_array_equal(read_labels, expected % 10)
 
 
+@pytest.mark.parametrize('build', [
+    lambda folder: cifar10_input.distorted_inputs(folder, 8),
+    lambda folder: cifar10_input.inputs(True, folder, 8)])
+def test_images_larger_than_the_pictures_are_refused(
+    monkeypatch, tmp_path, build):
+  monkeypatch.setattr(cifar10_input, 'IMAGE_SIZE', 40)
+  with pytest.raises(UserError, match='40 is more than the 32x32 pixels'):
+    build(str(tmp_path))
+
+
 def test_constants_of_a_script_are_used(tmp_path, monkeypatch, capsys):
   for name, value in (('HEIGHT', 28), ('WIDTH', 36), ('IMAGE_SIZE', 20),
                       ('NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN', 100)):
