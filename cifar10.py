@@ -326,7 +326,13 @@ def local_response_normalization(
     return tf.cast(x * s_to_minus_beta, images.dtype), gradient
 
   with tf.name_scope(name or 'local_response_normalization') as scope:
-    return tf.identity(normalize(images), name=scope)
+    if tf.config.list_physical_devices('GPU'):  # There, one kernel is faster.
+      normalized = tf.cast(
+          tf.nn.lrn(tf.cast(images, tf.float32), depth_radius, bias, alpha,
+                    beta), images.dtype)
+    else:
+      normalized = normalize(images)
+    return tf.identity(normalized, name=scope)
 
 
 # Training.
@@ -434,13 +440,36 @@ def apply_gradients(optimizer, gradients, global_step, recipe):
   Takes (gradient, variable) pairs. The operation raises global_step by one.
   """
   apply_gradient_op = optimizer.apply_gradients(gradients, global_step)
-  # Weights oscillate around a good solution. Their moving averages lie closer
-  # to it, and evaluation uses them. With global_step, they start out faster.
-  averages = tf.train.ExponentialMovingAverage(
-      recipe.moving_average_decay, global_step)
   # Data flow alone would not order these: make averages wait for new values.
   with tf.control_dependencies([apply_gradient_op]):
-    return averages.apply(tf.trainable_variables())
+    return MovingAverages(recipe, global_step).apply(tf.trainable_variables())
+
+
+class MovingAverages:
+  """Moving averages of variables, as `tf.train.ExponentialMovingAverage` has.
+
+  Weights oscillate around a good solution. Their averages lie closer to it, and
+  evaluation uses them. average -= (1 - decay) * (average - variable) is a step
+  of gradient descent: one operation, where TensorFlow's averages need two.
+  """
+
+  def __init__(self, recipe, global_step):
+    self._decay, self._global_step = recipe.moving_average_decay, global_step
+
+  def apply(self, variables):
+    """Returns the operation that moves the averages towards the variables."""
+    step = tf.cast(self._global_step, tf.float32)
+    # At first, the averages move faster.
+    optimizer = tf.train.GradientDescentOptimizer(
+        1 - tf.minimum(self._decay, (1 + step) / (10 + step)))
+    distances = []
+    for variable in variables:
+      with tf.device(variable.device):
+        average = tf.get_variable(
+            variable.op.name + '/ExponentialMovingAverage', trainable=False,
+            initializer=variable.initial_value, use_resource=True)
+        distances.append((average - variable.read_value(), average))
+    return optimizer.apply_gradients(distances, name='MovingAverages')
 
 
 # What TensorBoard shows. `tf.summary` would number tags that are also names of

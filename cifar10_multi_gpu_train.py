@@ -261,11 +261,9 @@ class Task(tf.train.SessionRunHook):
 
   def _apply_together(self, optimizer, gradients, global_step, recipe):
     """Updates by a mean of gradients; then tokens let the workers go on."""
-    averages = tf.train.ExponentialMovingAverage(
-        recipe.moving_average_decay, global_step)
     optimizer = tf.train.SyncReplicasOptimizer(
-        optimizer, self._num_workers, self._num_workers, averages,
-        tf.trainable_variables())
+        optimizer, self._num_workers, self._num_workers,
+        cifar10.MovingAverages(recipe, global_step), tf.trainable_variables())
     update_op = optimizer.apply_gradients(gradients, global_step)
     self._hooks.append(optimizer.make_session_run_hook(self._worker == 0))
     self._give_tokens = optimizer.get_init_tokens_op(self._num_workers)

@@ -115,16 +115,21 @@ def test_layers_have_the_names_and_values_of_the_table():
       name: list(values.shape[1:]) for name, values in layers.items()}
 
 
+@pytest.mark.parametrize('gpus', [0, 1])
 @pytest.mark.parametrize('depth_radius, bias, alpha, dtype, tolerance', [
     (4, 1.0, 0.001 / 9, tf.float32, 2e-6),
     (40, 2.0, 0.1, tf.float32, 2e-6),
     (4, 1.0, 0.001, tf.bfloat16, 2 ** -7)])
 def test_normalization_and_its_gradient_are_tensorflows(
-    depth_radius, bias, alpha, dtype, tolerance):
+    depth_radius, bias, alpha, dtype, tolerance, gpus, monkeypatch):
+  monkeypatch.setattr(
+      tf.config, 'list_physical_devices', lambda kind: [kind] * gpus)
   random = np.random.default_rng(1)
   x, dy = (tf.cast(random.normal(0, deviation, [3, 5, 4, 64]), dtype)
            for deviation in (10, 1))
   ours = cifar10.local_response_normalization(x, depth_radius, bias, alpha)
+  types = {op.type for op in tf.get_default_graph().get_operations()}
+  assert ('LRN' in types) == (gpus > 0)
   ours = [ours, *tf.gradients(ours, x, dy)]
   x, dy = (tf.cast(values, tf.float32) for values in (x, dy))
   expected = tf.nn.lrn(x, depth_radius, bias, alpha, beta=0.75)
