@@ -78,11 +78,23 @@ def machine():
       'features': sorted(features & {
           'avx2', 'avx512f', 'avx512_bf16', 'avx512_fp16', 'avx512_vnni',
           'amx_tile', 'amx_bf16'}),
+      'oneDNN': os.environ.get('TF_ENABLE_ONEDNN_OPTS', '1') == '1',
+      'gpus': gpus(),
       'python': platform.python_version(),
       'versions': {name: metadata.version(name)
                    for name in ('tensorflow', 'numpy', 'keras')},
       'date': time.strftime('%Y-%m-%d'),
   }
+
+
+def gpus():
+  """Returns the names of NVIDIA's GPUs, on which all libraries compute."""
+  try:
+    return subprocess.run(
+        ['nvidia-smi', '--query-gpu=name', '--format=csv,noheader'], check=True,
+        stdout=subprocess.PIPE, text=True).stdout.splitlines()
+  except (OSError, subprocess.CalledProcessError):
+    return []
 
 
 def write_records(data_dir):
@@ -336,8 +348,9 @@ def draw_bars(ms, colours, on, path):
   bars = axes.barh(list(ms), list(ms.values()), color=colours)
   axes.bar_label(bars, fmt=' %.0f')
   axes.invert_yaxis()
-  axes.set_xlabel(
-      f'ms a step of 128 images, {on["cpu"]}, {on["processors"]} cores')
+  axes.set_xlabel('ms a step of 128 images\n' + ', '.join(on['gpus'] or [
+      on['cpu'], f'{on["processors"]} cores', *on['features'],
+      f'oneDNN {"on" if on["oneDNN"] else "off"}']))
   axes.spines[['top', 'right']].set_visible(False)
   figure.tight_layout()
   figure.savefig(path, dpi=110)
