@@ -20,8 +20,10 @@ import re
 import sys
 import tarfile
 import tempfile
+import time
 import types
 import typing
+import unicodedata
 import urllib.request
 
 import numpy as np
@@ -71,6 +73,8 @@ DATA_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 
 # The shuffle queue holds at least this part of an epoch, to mix batches well.
 MIN_FRACTION_OF_EXAMPLES_IN_QUEUE = 0.4
+
+_MAX_DOWNLOAD_BYTES = 200e6  # The largest archive has 182 million.
 
 # Records read per call: one a call would be slow, as Python starts each call.
 _RECORDS_PER_READ = 256
@@ -172,8 +176,13 @@ def _download(url, path, archive):
     with open(path, 'wb') as f, urllib.request.urlopen(
         url, timeout=60) as source:
       size_bytes = int(source.headers.get('Content-Length', 0))
-      while chunk := source.read(1 << 20):
+      start = time.monotonic()
+      while chunk := source.read1(1 << 20):
         f.write(chunk)
+        if f.tell() > _MAX_DOWNLOAD_BYTES:
+          raise ValueError('it is larger than the published file')
+        if f.tell() < 1000 * (time.monotonic() - start - 60):
+          raise ValueError('fewer than 1,000 bytes a second')
         if size_bytes and sys.stdout.isatty():
           print(f'{f.tell() / size_bytes:.0%}', end='\r', flush=True)
   except Exception as error:  # URLs and servers have many kinds of faults.
@@ -256,8 +265,8 @@ def find_dataset(name):
   root = pathlib.Path(name).expanduser().resolve()
   train, test = (sorted(root.glob(f'{part}/[!.]*/[!.]*'))
                  for part in ('train', 'test'))
-  classes = tuple(sorted({path.parent.name for path in train}))
-  unknown = {path.parent.name for path in test} - set(classes)
+  classes = tuple(sorted(set(map(_class_of, train))))
+  unknown = set(map(_class_of, test)) - set(classes)
   if unknown or not test or not 2 <= len(classes) <= 256:
     raise UserError(
         f'--dataset={name} must be {", ".join(DATASETS)}, or a folder with '
@@ -275,6 +284,11 @@ def find_dataset(name):
       classes=classes, pictures={'train.bin': train, 'test.bin': test})
 
 
+def _class_of(path):
+  """Returns the class of a picture; macOS writes accents in another way."""
+  return unicodedata.normalize('NFC', path.parent.name)
+
+
 def _convert_pictures(dataset, archives, folder):
   """Writes the records of picture files, and names those that it skips."""
   say(f'Converting the pictures of {dataset.name}')
@@ -285,7 +299,7 @@ def _convert_pictures(dataset, archives, folder):
     for path in chance.permutation(paths):
       try:
         planes.append(read_picture(path))
-        labels.append(dataset.classes.index(path.parent.name))
+        labels.append(dataset.classes.index(_class_of(path)))
       except UserError as error:
         say(f'Skipped: {error}')
     if not planes:
@@ -305,6 +319,8 @@ def read_picture(path):
     with PIL.Image.open(path) as image:
       if image.mode.startswith(('I', 'F')):
         raise ValueError('it has more than 8 bits a channel')
+      image.getexif()  # Pillow keeps it; it cannot write all that it reads.
+      image.info.pop('exif', None)
       upright = PIL.ImageOps.exif_transpose(image).convert('RGBA')
       white = PIL.Image.new('RGBA', upright.size, 'white')
       opaque = PIL.Image.alpha_composite(white, upright).convert('RGB')

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import http.server
 import io
+import itertools
 import os
 import random
 import re
@@ -432,6 +433,17 @@ def test_folder_without_classes_or_pictures_is_refused(tmp_path, paths):
   assert contents(tmp_path / 'data') == {}
 
 
+def test_accents_may_be_written_as_macos_does(tmp_path):
+  for folder in 'train/a', 'train/caf\u00e9', 'test/a', 'test/cafe\u0301':
+    (tmp_path / folder).mkdir(parents=True)
+    PIL.Image.new('RGB', (9, 9)).save(tmp_path / folder / '1.png')
+  dataset = cifar10_input.prepare(
+      cifar10_input.find_dataset(str(tmp_path)), str(tmp_path / 'data'))
+  assert dataset.classes == ('a', 'caf\u00e9')
+  assert list(cifar10_input.check_files(
+      dataset, dataset.files).values()) == [2, 2]
+
+
 def _read(pixels, path, **options):
   """Saves a picture, and returns it as the suite reads it."""
   PIL.Image.fromarray(pixels).save(path, **options)
@@ -456,6 +468,11 @@ def test_pictures_are_read_as_they_look(tmp_path):
   exif[0x0112] = 6  # To be turned clockwise: TIFF 6.0, page 36.
   np.testing.assert_array_equal(
       _read(np.rot90(colours), tmp_path / 'turned.png', exif=exif), colours)
+  # The same, and an XResolution of two bytes, which Pillow does not write.
+  odd = (b'Exif\0\0II*\0\x08\0\0\0\2\0' b'\x12\1\3\0\1\0\0\0\6\0\0\0'
+         b'\x1a\1\1\0\2\0\0\0ab\0\0' b'\0\0\0\0')
+  np.testing.assert_array_equal(
+      _read(np.rot90(colours), tmp_path / 'odd.png', exif=odd), colours)
   wide = NOISE[:6].reshape(64, 96, 3)
   with tf.Session() as session:
     scaled = session.run(
@@ -497,7 +514,7 @@ PUBLISHED = dataclasses.replace(TINY, downloads={
 def server():
   """A server of one archive, which breaks off after `sends` bytes."""
   state = types.SimpleNamespace(
-      content=WHOLE, sends=None, status=200, requests=[])
+      content=WHOLE, sends=None, status=200, requests=[], hours_a_look=0)
 
   class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -545,12 +562,17 @@ def test_archive_in_place_is_used_if_it_is_right(tmp_path):
 @pytest.mark.parametrize('faults, complaint', [
     ({'status': 404}, '404'), ({'sends': 5000}, ''),
     ({'content': WHOLE + b'more'}, hashlib.sha256(WHOLE).hexdigest()),
+    ({'content': 2 * WHOLE}, 'larger'), ({'hours_a_look': 1}, 'a second'),
     ({'url': 'http://127.0.0.1:1/small.tar.gz'}, '--dataset=synthetic')],
-    ids=['404', 'broken off', 'other content', 'no server'])
+    ids=['404', 'broken off', 'other content', 'too large', 'drips',
+         'no server'])
 def test_download_that_fails_is_one_line_and_leaves_nothing(
     server, tmp_path, monkeypatch, call_script, faults, complaint):
   monkeypatch.setitem(cifar10_input.DATASETS, 'cifar10', PUBLISHED)
+  monkeypatch.setattr(cifar10_input, '_MAX_DOWNLOAD_BYTES', 1.5 * len(WHOLE))
   vars(server).update(faults)
+  monkeypatch.setattr(cifar10_input, 'time', types.SimpleNamespace(
+      monotonic=itertools.count(0, 3600 * server.hours_a_look).__next__))
   run = call_script(cifar10_train, f'--data_dir={tmp_path}',
                     f'--data_url={server.url}', f'--train_dir={tmp_path}/run')
   assert is_one_line(run, server.url, complaint)
