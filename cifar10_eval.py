@@ -293,6 +293,8 @@ def export(folder):
     with tf.variable_scope('', reuse=True):  # The same variables again.
       signatures['encoded'] = _signature(encoded, decoded, run)
     make_restorer()(checkpoint, session)
+    if '://' not in folder:
+      os.makedirs(folder)  # Fails if another export has just made it.
     builder = tf.saved_model.Builder(folder)
     builder.add_meta_graph_and_variables(session, ['serve'], signatures)
     builder.save()
@@ -307,8 +309,13 @@ def _classify(planes, recipe):
 
 def _decode(contents):
   """Decodes a picture file, cuts out its middle square, and scales it."""
-  image = tf.io.decode_image(contents, 3, expand_animations=False)
-  image = tf.ensure_shape(image, [None, None, 3])
+  is_readable = tf.logical_or(
+      tf.io.is_jpeg(contents),
+      tf.equal(tf.strings.substr(contents, 0, 4), b'\x89PNG'))
+  # TensorFlow decodes some BMP and GIF files wrongly.
+  with tf.control_dependencies([
+      tf.Assert(is_readable, ['encoded takes JPEG and PNG files.'])]):
+    image = tf.io.decode_png(contents, 3)  # And JPEG.
   side = tf.reduce_min(tf.shape(image)[:2])
   square = tf.image.resize_with_crop_or_pad(image, side, side)
   return tf.round(tf.compat.v2.image.resize(

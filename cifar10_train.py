@@ -106,7 +106,8 @@ def run_training(train_dir, build, batches_per_step=1, signals=None, target='',
     start = time.monotonic()
     with (collecting_signals() if signals is None else
           contextlib.nullcontext(signals)) as signals, _session(
-              train_dir, target, worker, config, [*hooks, logger]) as session:
+              train_dir, target, worker, config, [*hooks, logger],
+              SaverHook(train_dir, loss, recipe)) as session:
       while not session.should_stop() and not signals:
         session.run(train_op)
   if signals:
@@ -120,37 +121,22 @@ def run_training(train_dir, build, batches_per_step=1, signals=None, target='',
       f'cifar10_eval.py --run_once --checkpoint_dir={train_dir}')
 
 
-def _session(train_dir, target, worker, config, hooks):
+def _session(train_dir, target, worker, config, hooks, saver):
   """Starts a session that also logs, summarizes and saves.
 
   A MonitoredTrainingSession initializes or restores variables, starts the
   threads of the queues, and calls hooks around each step. A Scaffold holds what
   it needs to start: here, how to save and to restore.
   """
-  variables = {variable.op.name: variable for variable in tf.global_variables()}
-  saver = tf.train.Saver(  # Relative paths: so --train_dir may be moved.
-      variables, max_to_keep=FLAGS.max_to_keep, save_relative_paths=True)
-
-  def restore(scaffold, session):
-    # Also called when a broken session is replaced: look for newer checkpoints.
-    checkpoint = latest_checkpoint(train_dir, report=False)
-    if checkpoint:
-      say(f'Continuing from {checkpoint}.')
-      restore_checkpoint(checkpoint, saver, session, variables)
-      # So that the saver removes them when there are enough newer ones.
-      saver.recover_last_checkpoints(list(checkpoints(train_dir).values()))
-
-  scaffold = tf.train.Scaffold(saver=saver, init_fn=restore)
-  if worker == 0:  # After the logger: it fails first if the loss is not finite.
-    hooks.append(tf.train.CheckpointSaverHook(
-        train_dir, FLAGS.save_checkpoint_secs, scaffold=scaffold))
+  scaffold = tf.train.Scaffold(saver=saver.saver, init_fn=saver.restore)
   config = config or tf.ConfigProto()
   config.allow_soft_placement = True
   config.log_device_placement = FLAGS.log_device_placement
   tf.summary.FileWriterCache.clear()  # A program may train more than once.
   with tf.name_scope('session'):  # One box in TensorBoard's graph.
     return tf.train.MonitoredTrainingSession(
-        target, worker == 0, scaffold=scaffold, config=config, hooks=hooks,
+        target, worker == 0, scaffold=scaffold, config=config,
+        hooks=[*hooks, saver] if worker == 0 else hooks,
         summary_dir=train_dir, save_summaries_steps=FLAGS.save_summary_steps,
         log_step_count_steps=FLAGS.save_summary_steps, stop_grace_period_secs=1)
 
@@ -172,9 +158,7 @@ class LoggerHook(tf.train.SessionRunHook):
   def after_run(self, run_context, run_values):
     before = self.step - 1
     loss, self.step = run_values.results
-    if not np.isfinite(loss):
-      raise UserError(f'the loss at step {self.step - 1} is {loss}: lower '
-                      f'--learning_rate (now {self._recipe.learning_rate}).')
+    check_loss(loss, self.step - 1, self._recipe)
     if self.step >= self._recipe.max_steps:
       run_context.request_stop()
     # Log if a multiple of it is in (before, step): others do steps in between.
@@ -194,6 +178,61 @@ class LoggerHook(tf.train.SessionRunHook):
 
   def end(self, session):
     self.step = session.run(tf.train.get_global_step())
+
+
+class SaverHook(tf.train.SessionRunHook):
+  """Restores the newest checkpoint, and saves others.
+
+  It saves first, every --save_checkpoint_secs, and last. Before, it computes
+  the loss: no checkpoint is of a run that has failed. (A CheckpointSaverHook
+  does not, and saves nothing for a day if the clock is set back by a day.)
+  """
+
+  def __init__(self, train_dir, loss, recipe):
+    self._train_dir, self._loss, self._recipe = train_dir, loss, recipe
+    self._variables = {v.op.name: v for v in tf.global_variables()}
+    self.saver = tf.train.Saver(  # Relative paths: so --train_dir may be moved.
+        self._variables, max_to_keep=FLAGS.max_to_keep,
+        save_relative_paths=True)
+
+  def restore(self, scaffold, session):
+    # Also called when a broken session is replaced: look for newer checkpoints.
+    newest = latest_checkpoint(self._train_dir, report=False)
+    if not newest:
+      return
+    say(f'Continuing from {newest}.')
+    restore_checkpoint(newest, self.saver, session, self._variables)
+    paths = list(checkpoints(self._train_dir).values())
+    while FLAGS.max_to_keep and paths.index(newest) >= FLAGS.max_to_keep:
+      tf.train.remove_checkpoint(paths.pop(0))
+    # So that the saver removes them when there are enough newer ones.
+    self.saver.recover_last_checkpoints(paths)
+
+  def after_create_session(self, session, coord):
+    writer = tf.summary.FileWriterCache.get(self._train_dir)
+    writer.add_graph(session.graph)  # For TensorBoard.
+    self._save(session)
+
+  def after_run(self, run_context, run_values):
+    if time.monotonic() >= self._next_time:
+      self._save(run_context.session)
+
+  def end(self, session):
+    self._save(session)
+
+  def _save(self, session):
+    step = session.run(tf.train.get_global_step())
+    with contextlib.suppress(tf.errors.OutOfRangeError):  # The input may end.
+      check_loss(session.run(self._loss), step, self._recipe)
+    self.saver.save(session, os.path.join(self._train_dir, 'model.ckpt'), step)
+    self._next_time = time.monotonic() + FLAGS.save_checkpoint_secs
+
+
+def check_loss(loss, step, recipe):
+  """Raises a UserError if a loss, after a number of steps, is not finite."""
+  if not np.isfinite(loss):
+    raise UserError(f'the loss after {step} steps is {loss}: lower '
+                    f'--learning_rate (now {recipe.learning_rate}).')
 
 
 def say_where(verb, dtype):
@@ -307,7 +346,8 @@ def start_run(train_dir, dataset, recipe):
   """Writes run.json. With --overwrite, removes an earlier run first."""
   if FLAGS.overwrite:
     ours = re.compile(r'model\.ckpt-\d+\..*|checkpoint|events\.out\..*')
-    for folder in train_dir, os.path.join(train_dir, 'eval'):
+    eval_dir = os.path.join(train_dir, 'eval')  # A link leads elsewhere.
+    for folder in [train_dir] + [eval_dir] * (not os.path.islink(eval_dir)):
       names = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
       for name in filter(ours.fullmatch, names):
         tf.io.gfile.remove(os.path.join(folder, name))

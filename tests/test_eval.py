@@ -262,6 +262,12 @@ signatures = tf.saved_model.load('model').signatures
 pictures = np.load('pictures.npy')
 served = signatures['serving_default'](images=tf.constant(pictures))
 encoded = tf.constant([open('0.png', 'rb').read()])
+for name, is_read in ('0.jpg', True), ('0.bmp', False), ('0.gif', False):
+  try:
+    signatures['encoded'](encoded=tf.constant([open(name, 'rb').read()]))
+    assert is_read, name
+  except tf.errors.InvalidArgumentError as error:
+    assert not is_read and 'JPEG and PNG' in str(error), name
 lite = tf.lite.Interpreter(
     model_content=tf.lite.TFLiteConverter.from_saved_model(
         'model', signature_keys=['serving_default']).convert())
@@ -292,6 +298,8 @@ def test_prediction_and_exported_model_agree_with_evaluation(
 
   assert evaluate(f'--export_dir={model}', '--multiview').code == 0
   np.save(tmp_path / 'pictures.npy', pictures)
+  for kind in 'jpg', 'bmp', 'gif':
+    PIL.Image.open(paths[0]).save(tmp_path / f'0.{kind}')
   (tmp_path / 'load.py').write_text(LOAD)
   run = finish(start_script(str(tmp_path / 'load.py'), str(tmp_path)))
   assert run.code == 0, run.stderr

@@ -152,11 +152,11 @@ def test_second_trainer_in_a_folder_is_refused(train, run_dir):
 
 @pytest.fixture
 def small_disk(tmp_path):
-  """A file system of 18 MB for the run: too small for two checkpoints."""
+  """A file system of 16 MB for the run: too small for two checkpoints."""
   folder = tmp_path / 'run'
   folder.mkdir()
   mounted = subprocess.run(
-      ['mount', '-t', 'tmpfs', '-o', 'size=18m', 'none', str(folder)],
+      ['mount', '-t', 'tmpfs', '-o', 'size=16m', 'none', str(folder)],
       stderr=subprocess.DEVNULL)
   if mounted.returncode:
     pytest.skip('only root may mount a file system')

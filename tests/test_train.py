@@ -1,10 +1,13 @@
 """cifar10_train.py: what a run prints, leaves and continues from; flags."""
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
+import shutil
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -120,12 +123,29 @@ def test_speed_is_the_mean_over_the_steps_since_the_last_line(
 
 @pytest.mark.parametrize('flags, part', [
     ([], 'lower --learning_rate (now 1e+30)'),
+    (['--max_steps=1', '--max_to_keep=1'], 'the loss after 1 steps'),
     (['--save_summary_steps=1'], '')])  # A histogram may find it first.
 def test_loss_that_is_not_finite_is_one_line(train, tmp_path, flags, part):
   run = train('--max_steps=10', '--learning_rate=1e30', *flags)
   assert is_one_line(run, part)
   assert re.search('(?i)nan|inf', run.stderr)
   assert cifar10_train.latest_checkpoint(str(tmp_path / 'run')).endswith('-0')
+
+
+def test_checkpoints_need_no_clock_and_come_down_to_max_to_keep(
+    train, run_dir, monkeypatch):
+  for suffix in 'index', 'meta', 'data-00000-of-00001':
+    for step in 1, 2, 3:
+      shutil.copy(run_dir / f'model.ckpt-0.{suffix}',
+                  run_dir / f'model.ckpt-{step}.{suffix}')
+  seconds, days, now = itertools.count(), itertools.count(), time.time()
+  monkeypatch.setattr(cifar10_train.time, 'monotonic', seconds.__next__)
+  monkeypatch.setattr(
+      cifar10_train.time, 'time', lambda: now - 86400 * next(days))
+  assert train('--max_steps=40', '--max_to_keep=3',
+               '--save_checkpoint_secs=12').code == 0
+  *_, before_last, last = steps = list(cifar10_train.checkpoints(str(run_dir)))
+  assert len(steps) == 3 and last == 40 and 11 < before_last < 40
 
 
 def test_seed_repeats_the_initial_weights(train, tmp_path):
@@ -235,15 +255,20 @@ def test_run_that_has_its_steps_changes_nothing(train, run_dir, max_steps):
   assert contents(run_dir) == before
 
 
-def test_overwrite_starts_again_and_leaves_other_files_alone(train, run_dir):
+def test_overwrite_starts_again_and_leaves_other_files_alone(
+    train, run_dir, tmp_path):
   foreign = 'notes.txt', 'my_model.ckpt-3.index', 'model.ckpt-best.index'
   for name in (*foreign, 'events.out.tfevents.1.earlier'):
     (run_dir / name).write_text(name)
+  (tmp_path / 'other').mkdir()
+  (tmp_path / 'other' / 'events.out.tfevents.2.other').write_text('')
+  (run_dir / 'eval').symlink_to(tmp_path / 'other')
   run = train('--overwrite', '--max_steps=2')
   assert (run.code, printed_steps(run.stdout)) == (0, [0, 1])
   names = set(os.listdir(run_dir))
   assert names > {*foreign, 'model.ckpt-2.index'}
   assert not names & {'model.ckpt-11.index', 'events.out.tfevents.1.earlier'}
+  assert os.listdir(run_dir / 'eval') == ['events.out.tfevents.2.other']
 
 
 def test_train_dir_may_be_relative_in_the_home_folder_and_moved(
