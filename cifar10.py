@@ -441,7 +441,8 @@ def apply_gradients(optimizer, gradients, global_step, recipe):
   """
   apply_gradient_op = optimizer.apply_gradients(gradients, global_step)
   # Data flow alone would not order these: make averages wait for new values.
-  with tf.control_dependencies([apply_gradient_op]):
+  with tf.control_dependencies([apply_gradient_op]), \
+      tf.name_scope('moving_averages'):
     return MovingAverages(recipe, global_step).apply(tf.trainable_variables())
 
 
@@ -469,7 +470,7 @@ class MovingAverages:
             variable.op.name + '/ExponentialMovingAverage', trainable=False,
             initializer=variable.initial_value, use_resource=True)
         distances.append((average - variable.read_value(), average))
-    return optimizer.apply_gradients(distances, name='MovingAverages')
+    return optimizer.apply_gradients(distances)
 
 
 # What TensorBoard shows. `tf.summary` would number tags that are also names of
@@ -501,7 +502,8 @@ def _activation_summaries(**layers):
   with tf.name_scope(None), tf.name_scope('summaries/'):
     for layer, values in layers.items():
       _histogram_summary(layer + '/activations', values)
-      _scalar_summary(layer + '/sparsity', tf.nn.zero_fraction(values))
+      zeros = tf.cast(tf.equal(values, 0), tf.float32)
+      _scalar_summary(layer + '/sparsity', tf.reduce_mean(zeros))
 
 
 def _scalar_summary(tag, value):

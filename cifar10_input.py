@@ -46,12 +46,10 @@ finally:
   os.dup2(_stderr, 2)
   os.close(_stderr)
 
-# TensorFlow calls graphs, queues and sessions deprecated; but we teach them. A
-# StepCounterHook warns if it reads the step before an update is complete.
+# TensorFlow calls graphs, queues and sessions deprecated; but we teach them.
 tf.get_logger().addFilter(
     lambda record: record.levelno > logging.WARNING
-    or not re.search('deprecated|global step .* has not been increased',
-                     str(record.msg)))
+    or 'deprecated' not in str(record.msg))
 
 # TensorFlow 2 computes each operation at once. In graph mode, we first build a
 # graph of all operations, as in TensorFlow 1, and a session then runs it.
@@ -452,12 +450,13 @@ def read_cifar10(filename_queue):
 
 def parse_records(values, dataset):
   """Splits strings into planes, uint8 [n, 3, 32, 32], and labels, int32 [n]."""
-  records = tf.ensure_shape(
-      tf.decode_raw(values, tf.uint8), [None, dataset.record_bytes])
-  labels = tf.cast(records[:, dataset.label_bytes - 1], tf.int32)
-  planes = tf.reshape(records[:, dataset.label_bytes:],
-                      [-1, DEPTH, HEIGHT, WIDTH])
-  return planes, labels
+  with tf.name_scope('parse'):
+    records = tf.ensure_shape(
+        tf.decode_raw(values, tf.uint8), [None, dataset.record_bytes])
+    labels = tf.cast(records[:, dataset.label_bytes - 1], tf.int32)
+    planes = tf.reshape(records[:, dataset.label_bytes:],
+                        [-1, DEPTH, HEIGHT, WIDTH])
+    return planes, labels
 
 
 def _fill(queue, paths, dataset, shuffle):
@@ -507,36 +506,41 @@ def distort(planes, distortions, image_size):
   its pixels are the same grey, standard deviation 1.
   """
   steps = tf.range(image_size)
-  rows = distortions.top[:, tf.newaxis] + steps
-  columns = distortions.left[:, tf.newaxis] + tf.where_v2(
-      distortions.flip[:, tf.newaxis], steps[::-1], steps)
-  # Outside the picture, repeat its edge pixels.
-  rows = tf.clip_by_value(rows, 0, HEIGHT - 1)
-  columns = tf.clip_by_value(columns, 0, WIDTH - 1)
-  # Gathering columns is slow on a CPU; multiplying by a one-hot matrix selects
-  # the same values faster.
-  values = tf.cast(tf.gather(planes, rows, axis=2, batch_dims=1), tf.float32)
-  selected = tf.matmul(tf.reshape(values, [-1, DEPTH * image_size, WIDTH]),
-                       tf.one_hot(columns, WIDTH, axis=1))
-  crops = tf.reshape(selected, [-1, DEPTH, image_size, image_size])
+  with tf.name_scope('flip'):
+    order = tf.where_v2(distortions.flip[:, tf.newaxis], steps[::-1], steps)
+  with tf.name_scope('crop'):
+    # Outside the picture, repeat its edge pixels.
+    rows = tf.clip_by_value(
+        distortions.top[:, tf.newaxis] + steps, 0, HEIGHT - 1)
+    columns = tf.clip_by_value(
+        distortions.left[:, tf.newaxis] + order, 0, WIDTH - 1)
+    values = tf.cast(
+        tf.gather(planes, rows, axis=2, batch_dims=1), tf.float32)
+    # Gathering columns is slow on a CPU; multiplying by a one-hot matrix
+    # selects the same values faster.
+    selected = tf.matmul(tf.reshape(values, [-1, DEPTH * image_size, WIDTH]),
+                         tf.one_hot(columns, WIDTH, axis=1))
+    crops = tf.reshape(selected, [-1, DEPTH, image_size, image_size])
 
   # Everything after the crop shifts and scales whole channels: brightness and
   # contrast change a channel's mean and variance in a way that we can compute
   # without the pixels, and one pass over the pixels does all three operations.
   # (Standardization cancels the brightness change; we keep it because the
   # tutorial has it.)
-  brightness = tf.reshape(distortions.brightness, [-1, 1, 1, 1])
-  contrast = tf.reshape(distortions.contrast, [-1, 1, 1, 1])
-  means, variances = tf.nn.moments(crops, [2, 3], keepdims=True)
-  channel_means = means + brightness
-  offsets = channel_means - tf.reduce_mean(channel_means, 1, keepdims=True)
-  variance = tf.reduce_mean(
-      tf.square(contrast) * variances + tf.square(offsets), 1, keepdims=True)
-  # As tf.image.per_image_standardization: never divide by (almost) nothing.
-  num_values = crops.shape[1:].num_elements()
-  scale = 1 / tf.maximum(tf.sqrt(variance), num_values ** -0.5)
-  standardized = (crops - means) * (contrast * scale) + offsets * scale
-  return tf.transpose(standardized, [0, 2, 3, 1])
+  with tf.name_scope('brightness'):
+    means, variances = tf.nn.moments(crops, [2, 3], keepdims=True)
+    channel_means = means + tf.reshape(distortions.brightness, [-1, 1, 1, 1])
+  with tf.name_scope('contrast'):
+    contrast = tf.reshape(distortions.contrast, [-1, 1, 1, 1])
+    offsets = channel_means - tf.reduce_mean(channel_means, 1, keepdims=True)
+    variance = tf.reduce_mean(
+        tf.square(contrast) * variances + tf.square(offsets), 1, keepdims=True)
+  with tf.name_scope('standardize'):
+    # As tf.image.per_image_standardization: never divide by (almost) nothing.
+    num_values = crops.shape[1:].num_elements()
+    scale = 1 / tf.maximum(tf.sqrt(variance), num_values ** -0.5)
+    standardized = (crops - means) * (contrast * scale) + offsets * scale
+    return tf.transpose(standardized, [0, 2, 3, 1])
 
 
 # Views: pixels down and right of the central crop, and whether it is mirrored.
@@ -607,7 +611,8 @@ def distorted_inputs(
     tf.summary.scalar('shuffle_queue_fullness', queue.size() / capacity)
     _fill(queue, list(files), dataset, shuffle=True)
     planes, labels = parse_records(queue.dequeue_many(batch_size), dataset)
-    distortions = draw_distortions(batch_size, image_size, crop_margin)
+    with tf.name_scope('chance'):
+      distortions = draw_distortions(batch_size, image_size, crop_margin)
     images = distort(planes, distortions, image_size)
     # Four batches wait here, ready when the network is.
     batches = tf.FIFOQueue(

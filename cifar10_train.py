@@ -102,7 +102,9 @@ def run_training(train_dir, build, batches_per_step=1, signals=None, target='',
       steps_done = tf.identity(global_step.read_value(), name='steps_done')
     if worker == 0:
       start_run(train_dir, dataset, recipe)
-    logger = LoggerHook(loss, steps_done, recipe, batches_per_step)
+    tf.summary.FileWriterCache.clear()  # A program may train more than once.
+    writer = tf.summary.FileWriterCache.get(train_dir) if worker == 0 else None
+    logger = LoggerHook(loss, steps_done, recipe, batches_per_step, writer)
     start = time.monotonic()
     with (collecting_signals() if signals is None else
           contextlib.nullcontext(signals)) as signals, _session(
@@ -132,20 +134,20 @@ def _session(train_dir, target, worker, config, hooks, saver):
   config = config or tf.ConfigProto()
   config.allow_soft_placement = True
   config.log_device_placement = FLAGS.log_device_placement
-  tf.summary.FileWriterCache.clear()  # A program may train more than once.
   with tf.name_scope('session'):  # One box in TensorBoard's graph.
     return tf.train.MonitoredTrainingSession(
         target, worker == 0, scaffold=scaffold, config=config,
         hooks=[*hooks, saver] if worker == 0 else hooks,
         summary_dir=train_dir, save_summaries_steps=FLAGS.save_summary_steps,
-        log_step_count_steps=FLAGS.save_summary_steps, stop_grace_period_secs=1)
+        log_step_count_steps=0, stop_grace_period_secs=1)
 
 
 class LoggerHook(tf.train.SessionRunHook):
-  """Prints loss and speed every --log_frequency steps, and ends training."""
+  """Shows loss and speed every --log_frequency steps, and ends training."""
 
-  def __init__(self, loss, steps_done, recipe, batches_per_step):
+  def __init__(self, loss, steps_done, recipe, batches_per_step, writer):
     self._fetches, self._recipe = [loss, steps_done], recipe
+    self._writer = writer  # For TensorBoard; None for a worker of a cluster.
     self._examples_per_step = recipe.batch_size * batches_per_step
 
   def after_create_session(self, session, coord):
@@ -166,15 +168,23 @@ class LoggerHook(tf.train.SessionRunHook):
       return
     now = time.monotonic()
     secs = (now - self._time) / max(1, self.step - self._logged)
+    speed = self._examples_per_step / secs
     say(f'{datetime.now()}: step {self.step - 1}, loss = {loss:.2f} '
-        f'({self._examples_per_step / secs:.1f} examples/sec; '
-        f'{secs:.3f} sec/batch)')
+        f'({speed:.1f} examples/sec; {secs:.3f} sec/batch)')
+    if self._writer:
+      summary = tf.Summary()
+      summary.value.add(tag='speed/examples per sec', simple_value=speed)
+      summary.value.add(tag='speed/sec per batch', simple_value=secs)
+      self._writer.add_summary(summary, self.step)
     self._logged, self._time = self.step, now
     self._num_lines += 1
     steps_left = self._recipe.max_steps - self.step
     if self._num_lines % 50 == 2 and steps_left * secs > 60:
       time_left = timedelta(seconds=round(steps_left * secs))
-      say(f'{steps_left} steps left, about {time_left}.')
+      epochs_left = steps_left * self._examples_per_step / (
+          self._recipe.examples_per_epoch)
+      say(f'{steps_left} steps ({epochs_left:.1f} epochs) left, about '
+          f'{time_left}.')
 
   def end(self, session):
     self.step = session.run(tf.train.get_global_step())

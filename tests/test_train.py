@@ -81,7 +81,7 @@ def test_event_file_holds_summaries_speed_and_graph(trained):
   assert any('shuffle' in tag for tag in fullness)
   assert {tag for _, tag, _ in found} - fullness == {
       *(f'images/image/{i}' for i in range(3)), 'learning_rate',
-      'global_step/sec', 'Precision @ 1',
+      'speed/examples per sec', 'speed/sec per batch', 'Precision @ 1',
       *(f'{layer}/{kind}' for layer in LAYERS for kind in (
           'activations', 'sparsity', 'weights', 'weights/gradients', 'biases',
           'biases/gradients')),
@@ -106,7 +106,7 @@ def test_speed_is_the_mean_over_the_steps_since_the_last_line(
   with tf.control_dependencies([global_step.initializer]):
     initial = tf.assign(global_step, 7)
   hook = cifar10_train.LoggerHook(
-      tf.constant(1.5), step, cifar10.Recipe(batch_size=8), batches_per_step=2)
+      tf.constant(1.5), step, cifar10.Recipe(batch_size=8), 2, writer=None)
   with tf.train.MonitoredSession(
       tf.train.ChiefSessionCreator(tf.train.Scaffold(init_op=initial)),
       [hook]) as session:
@@ -117,7 +117,8 @@ def test_speed_is_the_mean_over_the_steps_since_the_last_line(
       STEP_LINE.sub(r'\1: \3; \4', line)
       for line in capsys.readouterr().out.splitlines()] == [
           '10: 9.8; 1.625', '15: 8.0; 2.000',
-          '99984 steps left, about 2 days, 7:32:48.', '20: 8.0; 2.000',
+          '99984 steps (32.0 epochs) left, about 2 days, 7:32:48.',
+          '20: 8.0; 2.000',
           '25: 8.0; 2.000']
 
 

@@ -194,8 +194,8 @@ def step_ms(train_dir):
     # What a kill cut off ends with half a record.
     with contextlib.suppress(tf.errors.DataLossError):
       for event in tf.train.summary_iterator(path):
-        ms += [1e3 / value.simple_value for value in event.summary.value
-               if value.tag == 'global_step/sec']
+        ms += [1e3 * value.simple_value for value in event.summary.value
+               if value.tag == 'speed/sec per batch']
   return statistics.median(ms)
 
 
