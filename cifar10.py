@@ -55,31 +55,35 @@ class Recipe:
       logits = inference(images, recipe)
   """
   # The network.
-  image_size: int = _flag(24, 'Side of what the network sees, in pixels.', 8)
-  model: str = _flag('default', 'Top layers: fully or locally connected.',
-                     choices=['default', 'local'])
+  image_size: int = _flag(
+      24, 'The network sees so many pixels of each side of a picture.', 8)
+  model: str = _flag(
+      'default', 'Top layers: fully connected (default) or locally (local).',
+      choices=['default', 'local'])
   num_classes: int = 10
   dtype: str = 'float32'  # Of activations: float32, float16 or bfloat16.
 
   # Its training.
   max_steps: int = _flag(
-      100000, 'Steps to train for, earlier runs included.', 1)
+      100000, 'Train up to this step. Those of earlier runs count.', 1)
   batch_size: int = 128
   examples_per_epoch: int = 50000
   crop_margin: int = _flag(
-      0, 'Pixels by which crops may reach beyond the edges of a picture.', 0)
+      0, 'Crops may reach so many pixels beyond the edges of a picture.', 0)
   learning_rate: float = _flag(
       INITIAL_LEARNING_RATE, 'Initial learning rate.', 0)
   learning_rate_schedule: str = _flag(
-      'staircase', 'How the learning rate falls: tenfold every 350 epochs, or '
-      'linearly to zero at --max_steps.', choices=['staircase', 'linear'])
+      'staircase', 'How the learning rate falls: tenfold every 350 epochs '
+      '(staircase), or evenly to zero at --max_steps (linear).',
+      choices=['staircase', 'linear'])
   momentum: float = _flag(0.0, 'Nesterov momentum; 0 is plain SGD.', 0, 1)
-  optimizer: str = _flag('sgd', 'SGD, or Muon (Jordan et al. 2024).',
+  optimizer: str = _flag('sgd', 'Muon (Jordan et al. 2024) or plain SGD.',
                          choices=['sgd', 'muon'])
   label_smoothing: float = _flag(
       0.0, 'Share of each label that is spread over all classes.', 0, 1)
   weight_decay: float = _flag(
-      WEIGHT_DECAY, 'Factor of the L2 losses of local3 and local4.', 0)
+      WEIGHT_DECAY, 'Factor of the L2 losses, which keep the weights of local3 '
+      'and local4 small.', 0)
   moving_average_decay: float = _flag(
       MOVING_AVERAGE_DECAY, 'Decay of the moving averages of the variables, '
       'which evaluation uses.', 0, 1)

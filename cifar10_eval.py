@@ -142,7 +142,7 @@ class Outcome:
   """What an evaluation has found so far.
 
   confusion: int64 [classes, classes], examples by true and predicted class.
-  mistakes: the ten surest: probability, both classes and image of each.
+  mistakes: the eight surest: probability, both classes and image of each.
   """
 
   def __init__(self, classes):
@@ -163,7 +163,7 @@ class Outcome:
         (probabilities[i].max(), labels[i], predicted[i], images[i])
         for i in np.flatnonzero(predicted != labels)]
     self.mistakes.sort(key=lambda mistake: mistake[0], reverse=True)
-    del self.mistakes[10:]
+    del self.mistakes[8:]
 
   def print_out(self, step):
     """Prints precision @ 1, and recall and precision of each class."""
@@ -194,36 +194,37 @@ class Outcome:
 
   def _draw_confusion(self):
     """Draws the confusion matrix; darker cells have more examples."""
-    cell, margin = (40, 180) if len(self._classes) <= 20 else (6, 0)
+    # TensorBoard shows a picture some 350 pixels wide; texts must stay legible.
+    cell, left, top = (40, 150, 64) if len(self._classes) <= 20 else (6, 0, 0)
     shares = self.confusion / self.confusion.sum(axis=1, keepdims=True).clip(1)
     shades = np.uint8(255 - 255 * shares ** 0.5)  # The root darkens small ones.
     side = cell * len(self._classes)
-    picture = PIL.Image.new('RGB', [margin + side] * 2, 'white')
+    picture = PIL.Image.new('RGB', [left + side, top + side], 'white')
     picture.paste(PIL.Image.fromarray(shades).resize(
-        [side, side], PIL.Image.Resampling.NEAREST), [margin, margin])
-    if margin:
-      _write(picture, [4, margin - 50], 'Down: true class.\nAcross: predicted '
-             'class, in the same order.')
+        [side, side], PIL.Image.Resampling.NEAREST), [left, top])
+    if left:
+      _write(picture, [4, 0], 'Rows: true classes. Columns:\n'
+             'predicted ones, in the same order.')
       for i, name in enumerate(self._classes):
-        _write(picture, [4, margin + cell * i + 8], name[:16])
+        _write(picture, [4, top + cell * i + 4], name[:11])
     return picture
 
   def _draw_mistakes(self):
     """Draws each image with its true and its predicted class below."""
-    side, height = 145, 215
-    picture = PIL.Image.new('RGB', [5 * side, 2 * height], 'white')
+    side, height = 190, 280
+    picture = PIL.Image.new('RGB', [4 * side, 2 * height], 'white')
     for i, (probability, true, predicted, image) in enumerate(self.mistakes):
-      x, y = side * (i % 5), height * (i // 5)
+      x, y = side * (i % 4), height * (i // 4)
       shown = np.uint8(255 * (image - image.min()) / np.ptp(image).clip(1e-9))
       picture.paste(PIL.Image.fromarray(shown).resize([side - 10] * 2), [x, y])
       _write(picture, [x, y + side - 8],
-             f'{self._classes[true]:.12}\nnot {self._classes[predicted]:.10}\n'
+             f'{self._classes[true]:.13}\nnot {self._classes[predicted]:.10}\n'
              f'{probability:.3f}')
     return picture
 
 
 def _write(picture, place, text):
-  PIL.ImageDraw.Draw(picture).text(place, text, 'black', font_size=20)
+  PIL.ImageDraw.Draw(picture).text(place, text, 'black', font_size=26)
 
 
 # The network of a run.
@@ -339,7 +340,7 @@ def define_flags():
     return
   tf.flags.adopt_module_key_flags(cifar10_train)  # So that --help shows them.
   tf.flags.DEFINE_string(
-      'checkpoint_dir', '/tmp/cifar10_train', 'Folder of the run.')
+      'checkpoint_dir', '/tmp/cifar10_train', 'Folder of the run to evaluate.')
   tf.flags.DEFINE_string(
       'eval_dir', None, 'Folder of event files, if not eval/ below the run.')
   tf.flags.DEFINE_string('predictions_csv', None, 'File for key, label, '
@@ -353,7 +354,7 @@ def define_flags():
   tf.flags.DEFINE_integer(
       'num_examples', None, 'Examples to evaluate, if not all.', lower_bound=1)
   tf.flags.DEFINE_integer(
-      'eval_interval_secs', 300, 'Minimum seconds between evaluations.', 0)
+      'eval_interval_secs', 300, 'Seconds between evaluations, at least.', 0)
   tf.flags.DEFINE_boolean(
       'run_once', False, 'Evaluate the latest checkpoint and end.')
   tf.flags.DEFINE_boolean('use_moving_average', True, 'Evaluate the moving '

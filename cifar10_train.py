@@ -433,7 +433,7 @@ def define_flags():
   if 'train_dir' in FLAGS:
     return
   tf.flags.DEFINE_string('train_dir', '/tmp/cifar10_train',
-                         'Folder, or its URL, of checkpoints and event files.')
+                         'Folder, or URL, for checkpoints and event files.')
   tf.flags.DEFINE_boolean('overwrite', False, 'Start again from step 0, and '
                           'remove the earlier run in --train_dir.')
   for name, default, lower_bound, help_text in [
@@ -441,7 +441,8 @@ def define_flags():
       ('save_summary_steps', 100, 1, 'Steps between two sets of summaries.'),
       ('save_checkpoint_secs', 600, 1, 'Seconds between two checkpoints.'),
       ('max_to_keep', 5, 0, 'How many checkpoints to keep; 0 keeps all.'),
-      ('seed', None, 0, 'Draw the same initial weights in each run.')]:
+      ('seed', None, 0, 'Runs with the same seed draw the same initial '
+       'weights.')]:
     tf.flags.DEFINE_integer(name, default, help_text, lower_bound)
   tf.flags.DEFINE_boolean(
       'use_bfloat16', False, 'Compute activations in bfloat16, on GPUs and on '
@@ -452,7 +453,7 @@ def define_flags():
   tf.flags.DEFINE_float(
       'min_fraction_of_examples_in_queue',
       cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
-      'How much of an epoch stays in the shuffle queue.', 0.0, 1.0)
+      'The shuffle queue always holds this share of an epoch.', 0.0, 1.0)
   tf.flags.DEFINE_boolean(
       'deterministic', False, 'Make all runs with the same --seed (default 0) '
       'end with the same variables, byte for byte.')
@@ -497,7 +498,8 @@ def run_script(main, define_flags):
     sys.exit(128 + signal.SIGINT)
   except (UserError, OSError, ImportError, tf.flags.Error,
           tf.errors.OpError) as error:
-    sys.exit(f'{os.path.basename(sys.argv[0])}: {first_line(error)}')
+    hint = ' (--help lists all)' * isinstance(error, tf.flags.Error)
+    sys.exit(f'{os.path.basename(sys.argv[0])}: {first_line(error)}{hint}')
 
 
 def first_line(error):
