@@ -35,10 +35,10 @@ FLAGS = tf.flags.FLAGS
 _PROC = '/proc'  # Where Linux describes the machine.
 
 
-def train():
-  """Trains on one device."""
+def train(build=None):
+  """Trains on one device. A script of yours may `build` another step."""
   with locked(FLAGS.train_dir) as train_dir:
-    run_training(train_dir, build_step)
+    run_training(train_dir, build or build_step)
 
 
 def build_step(dataset, recipe, global_step):
