@@ -548,9 +548,9 @@ def collecting_signals():
       signal.signal(signum, handler)
 
 
-def main(argv=None):
+def main(argv=None, build=None):
   parse_flags(argv, define_flags)
-  train()
+  train(build)
 
 
 if __name__ == '__main__':
