@@ -175,7 +175,8 @@ def inference(images, recipe=None):
     conv1 = tf.nn.relu(tf.nn.bias_add(conv, biases), name='conv1')
     # The tutorial pools after bias and ReLU. Neither changes which value of a
     # window is the largest, and after pooling only a quarter of them is left.
-    pre_activation = tf.nn.bias_add(_max_pool(conv), biases)
+    pooled = tf.nn.max_pool(conv, ksize=3, strides=2, padding='SAME')
+    pre_activation = tf.nn.bias_add(pooled, biases)
   pool1 = tf.nn.relu(pre_activation, name='pool1')
   # Channels that answer strongly dampen their neighbours.
   norm1 = local_response_normalization(pool1, name='norm1')
@@ -185,7 +186,7 @@ def inference(images, recipe=None):
     conv, biases = _convolution(norm1, 64, 0.1, recipe)
     conv2 = tf.nn.relu(tf.nn.bias_add(conv, biases), name='conv2')
   norm2 = local_response_normalization(conv2, name='norm2')
-  pool2 = _max_pool(norm2, name='pool2')
+  pool2 = tf.nn.max_pool(norm2, 3, 2, 'SAME', name='pool2')
 
   # The picture as a whole. These two layers hold nine tenths of the weights
   # and would overfit, so only they have weight decay.
@@ -243,11 +244,6 @@ def _convolution(images, channels, bias, recipe):
   biases = _variable_on_cpu('biases', [channels], tf.constant_initializer(bias))
   conv = tf.nn.conv2d(images, tf.cast(kernel, images.dtype), 1, 'SAME')
   return conv, tf.cast(biases, images.dtype)
-
-
-def _max_pool(images, name=None):
-  """Takes the largest of 3x3 values, every two pixels: windows overlap."""
-  return tf.nn.max_pool(images, ksize=3, strides=2, padding='SAME', name=name)
 
 
 def _fully_connected(name, values, units, recipe):
@@ -315,28 +311,26 @@ def local_response_normalization(
     return tf.nn.conv2d(values, kernel, strides=1, padding='SAME')
 
   @tf.custom_gradient
-  def normalize(images):
-    x = tf.cast(images, tf.float32)
+  def normalize(x):
     s = tf.nn.bias_add(
         sum_over_neighbours(tf.square(x), alpha), [bias] * len(band))
     root = tf.rsqrt(s)
     s_to_minus_beta = root * tf.sqrt(root)
 
     def gradient(dy):
-      scaled = tf.cast(dy, tf.float32) * s_to_minus_beta
+      scaled = dy * s_to_minus_beta
       summed = sum_over_neighbours(scaled * x / s, 2 * alpha * beta)
-      return tf.cast(scaled - x * summed, dy.dtype)
+      return scaled - x * summed
 
-    return tf.cast(x * s_to_minus_beta, images.dtype), gradient
+    return x * s_to_minus_beta, gradient
 
   with tf.name_scope(name or 'local_response_normalization') as scope:
+    x = tf.cast(images, tf.float32)
     if tf.config.list_physical_devices('GPU'):  # There, one kernel is faster.
-      normalized = tf.cast(
-          tf.nn.lrn(tf.cast(images, tf.float32), depth_radius, bias, alpha,
-                    beta), images.dtype)
+      y = tf.nn.lrn(x, depth_radius, bias, alpha, beta)
     else:
-      normalized = normalize(images)
-    return tf.identity(normalized, name=scope)
+      y = normalize(x)
+    return tf.identity(tf.cast(y, images.dtype), name=scope)
 
 
 # Training.
@@ -434,8 +428,8 @@ def _centred(weights):
   """Subtracts each output's mean weight (kernels and matrices only)."""
   if weights.shape.rank not in (2, 4):
     return weights
-  inputs = list(range(weights.shape.rank - 1))
-  return weights - tf.reduce_mean(weights, inputs, keepdims=True)
+  axes = list(range(weights.shape.rank - 1))  # All but the outputs.
+  return weights - tf.reduce_mean(weights, axes, keepdims=True)
 
 
 def apply_gradients(optimizer, gradients, global_step, recipe):
