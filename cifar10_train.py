@@ -63,20 +63,14 @@ def training_batches(dataset, recipe, batch_size):
       deterministic=FLAGS.deterministic)
 
 
-# The training loop, for any number of devices.
-
-
 def run_training(train_dir, build, batches_per_step=1, signals=None, target='',
                  worker=0, device=None, hooks=(), config=None):
-  """Trains until --max_steps, or until a signal comes.
+  """Trains on any number of devices up to --max_steps, or until a signal comes.
 
-  Args:
-    train_dir: path or URL of the run's folder.
-    build: function that builds a step, as `build_step` does.
-    batches_per_step: how many batches of --batch_size a step learns from.
-    signals, target, worker, device, hooks, config: for a cluster: the list of
-      signals that came, the session's server, the worker's number (0 is the
-      chief), where operations go, more hooks, the session's configuration.
+  `build` builds a step, as `build_step` does; it learns from batches_per_step
+  batches. The other arguments are for a cluster: the list of signals that came,
+  the session's server, the worker's number (0 is the chief), where operations
+  go, more hooks, and the session's configuration.
   """
   dataset = cifar10_input.find_dataset(FLAGS.dataset)
   recipe = flags_recipe(dataset)
@@ -92,7 +86,7 @@ def run_training(train_dir, build, batches_per_step=1, signals=None, target='',
   say_where('Training', recipe.dtype)
   if FLAGS.deterministic:
     tf.compat.v2.config.experimental.enable_op_determinism()
-  with tf.Graph().as_default(), tf.device(device):
+  with tf.Graph().as_default() as graph, tf.device(device):
     if FLAGS.seed is not None or FLAGS.deterministic:
       tf.set_random_seed((FLAGS.seed or 0) + worker)  # Each draws other images.
     global_step = tf.train.get_or_create_global_step()
@@ -100,16 +94,29 @@ def run_training(train_dir, build, batches_per_step=1, signals=None, target='',
     # Read after this step, not during it; in a cluster, others raise it, too.
     with tf.name_scope('train/'), tf.control_dependencies([train_op]):
       steps_done = tf.identity(global_step.read_value(), name='steps_done')
+    writer = None
     if worker == 0:
       start_run(train_dir, dataset, recipe)
-    tf.summary.FileWriterCache.clear()  # A program may train more than once.
-    writer = tf.summary.FileWriterCache.get(train_dir) if worker == 0 else None
+      writer = tf.summary.FileWriter(train_dir, graph)  # For TensorBoard.
     logger = LoggerHook(loss, steps_done, recipe, batches_per_step, writer)
+    saver = SaverHook(train_dir, loss, recipe)
+    summaries = tf.train.SummarySaverHook(
+        FLAGS.save_summary_steps, summary_writer=writer,
+        summary_op=tf.summary.merge_all())
+    config = config or tf.ConfigProto()
+    config.allow_soft_placement = True
+    config.log_device_placement = FLAGS.log_device_placement
+    # A MonitoredTrainingSession initializes or restores variables, starts the
+    # threads of the queues, and calls hooks around each step. A Scaffold holds
+    # what it needs to start: here, how to save and to restore.
+    scaffold = tf.train.Scaffold(saver=saver.saver, init_fn=saver.restore)
     start = time.monotonic()
     with (collecting_signals() if signals is None else
-          contextlib.nullcontext(signals)) as signals, _session(
-              train_dir, target, worker, config, [*hooks, logger],
-              SaverHook(train_dir, loss, recipe)) as session:
+          contextlib.nullcontext(signals)) as signals, \
+        tf.train.MonitoredTrainingSession(
+            target, worker == 0, scaffold=scaffold, hooks=[*hooks, logger],
+            chief_only_hooks=[saver, summaries], config=config,
+            stop_grace_period_secs=1) as session:
       while not session.should_stop() and not signals:
         session.run(train_op)
   if signals:
@@ -121,25 +128,6 @@ def run_training(train_dir, build, batches_per_step=1, signals=None, target='',
   duration = timedelta(seconds=round(time.monotonic() - start))
   say(f'Trained up to step {logger.step} in {duration}. To evaluate it: python '
       f'cifar10_eval.py --run_once --checkpoint_dir={train_dir}')
-
-
-def _session(train_dir, target, worker, config, hooks, saver):
-  """Starts a session that also logs, summarizes and saves.
-
-  A MonitoredTrainingSession initializes or restores variables, starts the
-  threads of the queues, and calls hooks around each step. A Scaffold holds what
-  it needs to start: here, how to save and to restore.
-  """
-  scaffold = tf.train.Scaffold(saver=saver.saver, init_fn=saver.restore)
-  config = config or tf.ConfigProto()
-  config.allow_soft_placement = True
-  config.log_device_placement = FLAGS.log_device_placement
-  with tf.name_scope('session'):  # One box in TensorBoard's graph.
-    return tf.train.MonitoredTrainingSession(
-        target, worker == 0, scaffold=scaffold, config=config,
-        hooks=[*hooks, saver] if worker == 0 else hooks,
-        summary_dir=train_dir, save_summaries_steps=FLAGS.save_summary_steps,
-        log_step_count_steps=0, stop_grace_period_secs=1)
 
 
 class LoggerHook(tf.train.SessionRunHook):
@@ -219,8 +207,6 @@ class SaverHook(tf.train.SessionRunHook):
     self.saver.recover_last_checkpoints(paths)
 
   def after_create_session(self, session, coord):
-    writer = tf.summary.FileWriterCache.get(self._train_dir)
-    writer.add_graph(session.graph)  # For TensorBoard.
     self._save(session)
 
   def after_run(self, run_context, run_values):
@@ -441,8 +427,7 @@ def define_flags():
       ('save_summary_steps', 100, 1, 'Steps between two sets of summaries.'),
       ('save_checkpoint_secs', 600, 1, 'Seconds between two checkpoints.'),
       ('max_to_keep', 5, 0, 'How many checkpoints to keep; 0 keeps all.'),
-      ('seed', None, 0, 'Runs with the same seed draw the same initial '
-       'weights.')]:
+      ('seed', None, 0, 'The same seed draws the same initial weights.')]:
     tf.flags.DEFINE_integer(name, default, help_text, lower_bound)
   tf.flags.DEFINE_boolean(
       'use_bfloat16', False, 'Compute activations in bfloat16, on GPUs and on '
