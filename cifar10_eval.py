@@ -84,8 +84,11 @@ class Evaluation:
     dataset = cifar10_input.prepare(dataset, run.data_dir, FLAGS.data_url)
     is_test = FLAGS.eval_data == 'test'
     self._classes = dataset.classes
-    self._counts = cifar10_input.check_files(
+    counts = cifar10_input.check_files(
         dataset, dataset.eval_files if is_test else dataset.train_files)
+    keys = [f'{os.path.basename(path)}:{i}'
+            for path, count in counts.items() for i in range(count)]
+    self._keys = keys[:FLAGS.num_examples]  # All, if it is None.
     cifar10_train.say_where('Evaluating', run.recipe.dtype)
     self._graph = tf.Graph()
     with self._graph.as_default():
@@ -101,11 +104,7 @@ class Evaluation:
 
   def eval_once(self, checkpoint):
     """Evaluates a checkpoint; prints, lists and summarizes the outcome."""
-    total = sum(self._counts.values())
-    total = min(FLAGS.num_examples or total, total)
     outcome = Outcome(self._classes)
-    keys = (f'{os.path.basename(path)}:{i}'
-            for path, count in self._counts.items() for i in range(count))
     csv_path = cifar10_train.full_path(FLAGS.predictions_csv or os.devnull)
     with tf.Session(graph=self._graph) as session, \
         tf.io.gfile.GFile(csv_path, 'w') as f:
@@ -116,17 +115,17 @@ class Evaluation:
       coord = tf.train.Coordinator()
       threads = tf.train.start_queue_runners(session, coord)
       with coord.stop_on_exception():
-        for start in range(0, total, FLAGS.batch_size):
+        for start in range(0, len(self._keys), FLAGS.batch_size):
           # The last batch may have more examples than are left to count.
+          keys = self._keys[start:start + FLAGS.batch_size]
           images, labels, probabilities = (
-              values[:total - start] for values in session.run(self._fetches))
+              values[:len(keys)] for values in session.run(self._fetches))
           if not np.isfinite(probabilities).all():
             raise UserError(f'{checkpoint}: probabilities are not finite.')
           outcome.add(images, labels, probabilities)
-          for label, values in zip(labels, probabilities):
+          for key, label, values in zip(keys, labels, probabilities):
             table.writerow([
-                next(keys), self._classes[label],
-                self._classes[values.argmax()],
+                key, self._classes[label], self._classes[values.argmax()],
                 *(f'{value:.6f}' for value in values)])
         summary = tf.Summary.FromString(session.run(self._summary))
         coord.request_stop()
@@ -227,9 +226,6 @@ def _write(picture, place, text):
   PIL.ImageDraw.Draw(picture).text(place, text, 'black', font_size=26)
 
 
-# The network of a run.
-
-
 def _views():
   return (cifar10_input.TEN_VIEWS if FLAGS.multiview
           else cifar10_input.CENTRAL_VIEW)
@@ -294,8 +290,6 @@ def export(folder):
     with tf.variable_scope('', reuse=True):  # The same variables again.
       signatures['encoded'] = _signature(encoded, decoded, run)
     make_restorer()(checkpoint, session)
-    if '://' not in folder:
-      os.makedirs(folder)  # Fails if another export has just made it.
     builder = tf.saved_model.Builder(folder)
     builder.add_meta_graph_and_variables(session, ['serve'], signatures)
     builder.save()
