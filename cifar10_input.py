@@ -13,10 +13,8 @@ fills a queue over and over, and the network takes batches out at its other end.
 """
 import dataclasses
 import hashlib
-import logging
 import os
 import pathlib
-import re
 import sys
 import tarfile
 import tempfile
@@ -47,9 +45,7 @@ finally:
   os.close(_stderr)
 
 # TensorFlow calls graphs, queues and sessions deprecated; but we teach them.
-tf.get_logger().addFilter(
-    lambda record: record.levelno > logging.WARNING
-    or 'deprecated' not in str(record.msg))
+tf.get_logger().addFilter(lambda record: 'deprecated' not in str(record.msg))
 
 # TensorFlow 2 computes each operation at once. In graph mode, we first build a
 # graph of all operations, as in TensorFlow 1, and a session then runs it.
@@ -129,9 +125,9 @@ def prepare(dataset, data_dir, url=None):
   """
   data_dir = os.path.abspath(os.path.expanduser(data_dir))
   folder = os.path.join(data_dir, dataset.folder)
-  if not all(os.path.exists(os.path.join(folder, name))
-             for name in dataset.files):
-    os.makedirs(data_dir, exist_ok=True)
+  os.makedirs(folder, exist_ok=True)
+  missing = set(dataset.files) - set(os.listdir(folder))
+  if missing:
     # Files move to their folder only when all are complete, so that an
     # interrupted start leaves nothing that looks like the data set.
     with tempfile.TemporaryDirectory(dir=data_dir) as unfinished:
@@ -141,8 +137,7 @@ def prepare(dataset, data_dir, url=None):
               _write_synthetic if not archives else
               _convert_svhn if dataset is SVHN else _extract)
       make(dataset, archives, unfinished)
-      os.makedirs(folder, exist_ok=True)
-      for name in set(dataset.files) - set(os.listdir(folder)):
+      for name in missing:
         os.replace(os.path.join(unfinished, name), os.path.join(folder, name))
   return dataclasses.replace(dataset, folder=folder)
 
@@ -522,11 +517,9 @@ def distort(planes, distortions, image_size):
                          tf.one_hot(columns, WIDTH, axis=1))
     crops = tf.reshape(selected, [-1, DEPTH, image_size, image_size])
 
-  # Everything after the crop shifts and scales whole channels: brightness and
-  # contrast change a channel's mean and variance in a way that we can compute
-  # without the pixels, and one pass over the pixels does all three operations.
-  # (Standardization cancels the brightness change; we keep it because the
-  # tutorial has it.)
+  # The rest shifts and scales whole channels. How that changes their means and
+  # variances is computed without the pixels; one pass over the pixels does all.
+  # (Standardization cancels brightness, which is here as in the tutorial.)
   with tf.name_scope('brightness'):
     means, variances = tf.nn.moments(crops, [2, 3], keepdims=True)
     channel_means = means + tf.reshape(distortions.brightness, [-1, 1, 1, 1])
@@ -571,25 +564,18 @@ def crop_views(planes, views, image_size):
   return tf.transpose(standardized, [0, 2, 3, 1])
 
 
-# The two inputs of the network.
-
-
 def distorted_inputs(
     data_dir, batch_size, dataset=None, image_size=None, crop_margin=0,
     min_fraction_of_examples_in_queue=MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
     deterministic=False):
   """Builds the input of training: batches drawn at random, without end.
 
-  Args:
-    data_dir: folder with the data set's files.
-    batch_size: images in a batch.
-    dataset: the `Dataset`; by default any records in CIFAR-10's files.
-    image_size: side of the crops in pixels; by default IMAGE_SIZE.
-    crop_margin: how many pixels a crop may reach beyond the picture's edges.
-    min_fraction_of_examples_in_queue: how much of an epoch stays in the shuffle
-      queue.
-    deterministic: whether a graph with a seed gives the same batches each time:
-      they are then drawn from a full queue, and distorted in one thread.
+  data_dir holds the files of a `Dataset`, by default any records in CIFAR-10's
+  files. A crop has image_size pixels a side, by default IMAGE_SIZE, and reaches
+  up to crop_margin pixels beyond the picture. The shuffle queue always holds
+  the given fraction of an epoch. With `deterministic`, a graph with a seed
+  gives the same batches each time: they are drawn from a full queue, and
+  distorted in one thread.
 
   Returns images, float32 [batch_size, image_size, image_size, 3], and labels,
   int32 [batch_size]. Raises a UserError if a file has a wrong size or label.
