@@ -38,9 +38,6 @@ def train():
     cifar10_train.run_training(train_dir, build_step, FLAGS.num_gpus)
 
 
-# Towers.
-
-
 def build_step(dataset, recipe, global_step, num_workers=1,
                apply_gradients=cifar10.apply_gradients):
   """Builds one step of training on all towers; see `cifar10_train.build_step`.
@@ -238,8 +235,7 @@ class Task(tf.train.SessionRunHook):
   def _build_step(self, dataset, recipe, global_step):
     """Builds a step; a worker first waits until the chief has a session.
 
-    Before, variables have no values, and TensorFlow looks again only after 30
-    seconds.
+    Before, variables have no values; TensorFlow looks again after 30 seconds.
     """
     others = self._num_workers - 1
     if self._worker == 0:
