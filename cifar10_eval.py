@@ -290,6 +290,8 @@ def export(folder):
     with tf.variable_scope('', reuse=True):  # The same variables again.
       signatures['encoded'] = _signature(encoded, decoded, run)
     make_restorer()(checkpoint, session)
+    if '://' not in folder:
+      os.makedirs(folder)  # Fails if another export has just made it.
     builder = tf.saved_model.Builder(folder)
     builder.add_meta_graph_and_variables(session, ['serve'], signatures)
     builder.save()

@@ -100,23 +100,11 @@ def run_training(train_dir, build, batches_per_step=1, signals=None, target='',
       writer = tf.summary.FileWriter(train_dir, graph)  # For TensorBoard.
     logger = LoggerHook(loss, steps_done, recipe, batches_per_step, writer)
     saver = SaverHook(train_dir, loss, recipe)
-    summaries = tf.train.SummarySaverHook(
-        FLAGS.save_summary_steps, summary_writer=writer,
-        summary_op=tf.summary.merge_all())
-    config = config or tf.ConfigProto()
-    config.allow_soft_placement = True
-    config.log_device_placement = FLAGS.log_device_placement
-    # A MonitoredTrainingSession initializes or restores variables, starts the
-    # threads of the queues, and calls hooks around each step. A Scaffold holds
-    # what it needs to start: here, how to save and to restore.
-    scaffold = tf.train.Scaffold(saver=saver.saver, init_fn=saver.restore)
+    hooks = [*hooks, logger]
     start = time.monotonic()
     with (collecting_signals() if signals is None else
-          contextlib.nullcontext(signals)) as signals, \
-        tf.train.MonitoredTrainingSession(
-            target, worker == 0, scaffold=scaffold, hooks=[*hooks, logger],
-            chief_only_hooks=[saver, summaries], config=config,
-            stop_grace_period_secs=1) as session:
+          contextlib.nullcontext(signals)) as signals, _session(
+              target, worker, config, hooks, saver, writer) as session:
       while not session.should_stop() and not signals:
         session.run(train_op)
   if signals:
@@ -128,6 +116,25 @@ def run_training(train_dir, build, batches_per_step=1, signals=None, target='',
   duration = timedelta(seconds=round(time.monotonic() - start))
   say(f'Trained up to step {logger.step} in {duration}. To evaluate it: python '
       f'cifar10_eval.py --run_once --checkpoint_dir={train_dir}')
+
+
+def _session(target, worker, config, hooks, saver, writer):
+  """Starts a session that also logs, summarizes and saves.
+
+  A MonitoredTrainingSession initializes or restores variables, starts the
+  threads of the queues, and calls hooks around each step. A Scaffold holds what
+  it needs to start: here, how to save and to restore.
+  """
+  config = config or tf.ConfigProto()
+  config.allow_soft_placement = True
+  config.log_device_placement = FLAGS.log_device_placement
+  summaries = tf.train.SummarySaverHook(
+      FLAGS.save_summary_steps, summary_writer=writer,
+      summary_op=tf.summary.merge_all())
+  return tf.train.MonitoredTrainingSession(
+      target, worker == 0, config=config, hooks=hooks,
+      chief_only_hooks=[saver, summaries], stop_grace_period_secs=1,
+      scaffold=tf.train.Scaffold(saver=saver.saver, init_fn=saver.restore))
 
 
 class LoggerHook(tf.train.SessionRunHook):
