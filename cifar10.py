@@ -409,6 +409,9 @@ class MuonOptimizer(tf.train.MomentumOptimizer):
   the singular values of kernels' updates to 0.7 to 1.2 (Jordan et al. 2024).
   """
 
+  def _apply_dense(self, grad, var):
+    raise cifar10_input.UserError(f'Muon needs use_resource=True: {var.name}.')
+
   def _resource_apply_dense(self, grad, var):
     grad = _centred(grad)
     if var.shape.rank != 4:
@@ -509,6 +512,9 @@ def _scalar_summary(tag, value):
 
 
 def _histogram_summary(tag, values):
+  values = tf.convert_to_tensor(values)
+  # The loss shall tell of these; a histogram would end the step before.
+  values = tf.where_v2(tf.math.is_finite(values), values, 0)
   _summary(tf.raw_ops.HistogramSummary, tag=tag, values=values)
 
 

@@ -120,8 +120,7 @@ class Evaluation:
           keys = self._keys[start:start + FLAGS.batch_size]
           images, labels, probabilities = (
               values[:len(keys)] for values in session.run(self._fetches))
-          if not np.isfinite(probabilities).all():
-            raise UserError(f'{checkpoint}: probabilities are not finite.')
+          _check_finite(probabilities, checkpoint)
           outcome.add(images, labels, probabilities)
           for key, label, values in zip(keys, labels, probabilities):
             table.writerow([
@@ -239,6 +238,11 @@ def _probabilities(images, recipe):
   return tf.reduce_mean(by_view, axis=0)
 
 
+def _check_finite(probabilities, checkpoint):
+  if not np.isfinite(probabilities).all():
+    raise UserError(f'{checkpoint}: probabilities are not finite.')
+
+
 def make_restorer():
   """Returns a function that restores a checkpoint to a session."""
   variables = {v.op.name: v for v in tf.trainable_variables()}
@@ -264,6 +268,7 @@ def predict(paths):
     for path in paths:
       picture = cifar10_input.read_picture(path)
       values = session.run(probabilities, {planes: [picture]})[0]
+      _check_finite(values, checkpoint)
       best = values.argsort()[::-1][:3]
       print(f'{path}: ' + ', '.join(
           f'{run.classes[i]} {values[i]:.3f}' for i in best), flush=True)

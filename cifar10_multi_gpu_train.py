@@ -91,7 +91,7 @@ def average_gradients(tower_grads):
     gradients = [gradient for gradient, _ in grads_and_vars]
     _, variable = grads_and_vars[0]  # The towers share it; they may not use it.
     average_grads.append((
-        None if gradients[0] is None else
+        None if all(gradient is None for gradient in gradients) else
         _average(gradients, variable.op.name + '/gradient'), variable))
   return average_grads
 

@@ -208,7 +208,9 @@ class SaverHook(tf.train.SessionRunHook):
     say(f'Continuing from {newest}.')
     restore_checkpoint(newest, self.saver, session, self._variables)
     paths = list(checkpoints(self._train_dir).values())
-    while FLAGS.max_to_keep and paths.index(newest) >= FLAGS.max_to_keep:
+    end = paths.index(newest) + 1
+    paths = paths[end:] + paths[:end]  # Damaged ones go first.
+    while 0 < FLAGS.max_to_keep < len(paths):
       tf.train.remove_checkpoint(paths.pop(0))
     # So that the saver removes them when there are enough newer ones.
     self.saver.recover_last_checkpoints(paths)
@@ -348,7 +350,8 @@ class Run:
 def start_run(train_dir, dataset, recipe):
   """Writes run.json. With --overwrite, removes an earlier run first."""
   if FLAGS.overwrite:
-    ours = re.compile(r'model\.ckpt-\d+\..*|checkpoint|events\.out\..*')
+    ours = re.compile(r'model\.ckpt-\d+\.(index|meta|data-.*)|checkpoint|'
+                      r'events\.out\.tfevents\..*')
     eval_dir = os.path.join(train_dir, 'eval')  # A link leads elsewhere.
     for folder in [train_dir] + [eval_dir] * (not os.path.islink(eval_dir)):
       names = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
@@ -387,8 +390,9 @@ def check_run(train_dir, dataset, recipe, exactly=False):
     raise UserError(f'{train_dir} was trained on the classes of --dataset='
                     f'{run.dataset}, not of {dataset.name}.')
   fixed = ['image_size', 'model', 'optimizer']
-  if bool(recipe.momentum) != bool(run.recipe.momentum):
-    fixed.append('momentum')  # Only one of them has variables for it.
+  for name in 'momentum', 'label_smoothing':
+    if bool(getattr(recipe, name)) != bool(getattr(run.recipe, name)):
+      fixed.append(name)  # Only one of them has variables for it.
   if {recipe.learning_rate_schedule,
       run.recipe.learning_rate_schedule} == {'linear'}:
     fixed.append('max_steps')  # The rate would jump.

@@ -17,7 +17,7 @@ from benchmarks import plain
 import cifar10
 import cifar10_eval
 import cifar10_train
-from cifar10_input import CIFAR10
+from cifar10_input import CIFAR10, UserError
 
 # Deviation of the initial weights, and the initial biases.
 INITIAL = {
@@ -282,6 +282,9 @@ def test_variables_are_resources_whatever_a_script_disables():
   finally:
     tf.enable_resource_variables()
   assert {v.handle.op.type for v in tf.trainable_variables()} == {'VarHandleOp'}
+  mine = tf.get_variable('mine', [1, 1, 2, 2], use_resource=False)
+  with pytest.raises(UserError, match='mine'):
+    cifar10.MuonOptimizer(0.1, 0.9).minimize(tf.reduce_sum(mine))
 
 
 def test_muon_moves_kernels_equally_far_in_all_directions():

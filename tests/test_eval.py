@@ -15,7 +15,8 @@ import PIL.Image
 import pytest
 
 from conftest import (
-    CORRECT_LINE, PRECISION_LINE, SHAPES, TINY, events, finish, is_one_line)
+    CORRECT_LINE, PRECISION_LINE, ROOT, SHAPES, TINY, events, finish,
+    is_one_line)
 import tensorflow.compat.v1 as tf
 
 import cifar10
@@ -250,6 +251,8 @@ def test_probabilities_that_are_not_finite_are_one_line(evaluate, save):
   checkpoint = save(1, {
       **opinionated(), 'local4/weights': np.full([384, 192], 1e38, 'f')})
   assert is_one_line(evaluate('--run_once'), checkpoint, 'finite')
+  picture = ROOT / 'tests' / 'pictures' / 'ship.png'
+  assert is_one_line(evaluate(f'--predict={picture}'), checkpoint, 'finite')
 
 
 # Prediction and serving.

@@ -122,14 +122,12 @@ def test_speed_is_the_mean_over_the_steps_since_the_last_line(
           '25: 8.0; 2.000']
 
 
-@pytest.mark.parametrize('flags, part', [
-    ([], 'lower --learning_rate (now 1e+30)'),
-    (['--max_steps=1', '--max_to_keep=1'], 'the loss after 1 steps'),
-    (['--save_summary_steps=1'], '')])  # A histogram may find it first.
-def test_loss_that_is_not_finite_is_one_line(train, tmp_path, flags, part):
+@pytest.mark.parametrize('flags', [
+    ['--save_summary_steps=1'], ['--max_steps=1', '--max_to_keep=1']])
+def test_loss_that_is_not_finite_is_one_line(train, tmp_path, flags):
   run = train('--max_steps=10', '--learning_rate=1e30', *flags)
-  assert is_one_line(run, part)
-  assert re.search('(?i)nan|inf', run.stderr)
+  assert is_one_line(run, 'the loss after 1 steps is nan',
+                     'lower --learning_rate (now 1e+30)')
   assert cifar10_train.latest_checkpoint(str(tmp_path / 'run')).endswith('-0')
 
 
@@ -205,6 +203,7 @@ def test_fast_recipe_spelled_out_by_flags_continues(train, tmp_path):
     ('--model=local', ['--model=default', 'local']),
     ('--optimizer=muon', ['--optimizer=sgd', 'muon']),
     ('--momentum=0.9', ['--momentum=0.0', '0.9']),
+    ('--label_smoothing=0.1', ['--label_smoothing=0.0', '0.1']),
     ('--dataset=cifar10', ['--dataset=synthetic', 'cifar10'])])
 def test_run_of_another_network_is_refused_before_a_download(
     train, run_dir, tmp_path, flags, parts):
@@ -258,7 +257,8 @@ def test_run_that_has_its_steps_changes_nothing(train, run_dir, max_steps):
 
 def test_overwrite_starts_again_and_leaves_other_files_alone(
     train, run_dir, tmp_path):
-  foreign = 'notes.txt', 'my_model.ckpt-3.index', 'model.ckpt-best.index'
+  foreign = ('events.out.txt', 'my_model.ckpt-3.index', 'model.ckpt-best.index',
+             'model.ckpt-11.tar')
   for name in (*foreign, 'events.out.tfevents.1.earlier'):
     (run_dir / name).write_text(name)
   (tmp_path / 'other').mkdir()
