@@ -143,7 +143,7 @@ class Task(tf.train.SessionRunHook):
 
   def run(self):
     """Does what the task is for, and ends the process."""
-    act = {'ps': self._serve, 'chief': self._lead}.get(self._job, self._train)
+    act = {'ps': self._serve, 'chief': self._lead}.get(self._job, self._work)
     for signum in signal.SIGINT, signal.SIGTERM:  # A worker saves nothing.
       signal.signal(signum, signal.SIG_DFL)
     try:
@@ -198,10 +198,19 @@ class Task(tf.train.SessionRunHook):
         pool.submit(session.run, self._give_tokens)
       concurrent.futures.wait([training], 10)
       with tf.Graph().as_default():
+        if not signals and not training.exception():
+          # Workers still need the servers to see that the last step is done.
+          done = self._queue('done').dequeue_many(self._num_workers - 1)
+          concurrent.futures.wait([pool.submit(self._session().run, done)], 30)
         ends = [self._queue('end', i).enqueue(0)
                 for i in range(len(self._servers))]
         concurrent.futures.wait([pool.submit(self._session().run, ends)], 5)
       return training.result() if training.done() else 128 + signals[0]
+
+  def _work(self):
+    self._train()
+    with tf.Graph().as_default():
+      self._session().run(self._queue('done').enqueue(0))
 
   def _wait_for_servers(self):
     """Waits until each server reaches all others.

@@ -128,12 +128,12 @@ def _session(target, worker, config, hooks, saver, writer):
   config = config or tf.ConfigProto()
   config.allow_soft_placement = True
   config.log_device_placement = FLAGS.log_device_placement
-  summaries = tf.train.SummarySaverHook(
-      FLAGS.save_summary_steps, summary_writer=writer,
-      summary_op=tf.summary.merge_all())
+  if worker == 0:  # In a cluster, its workers get ready while it saves first.
+    hooks = [*hooks, saver, tf.train.SummarySaverHook(
+        FLAGS.save_summary_steps, summary_writer=writer,
+        summary_op=tf.summary.merge_all())]
   return tf.train.MonitoredTrainingSession(
-      target, worker == 0, config=config, hooks=hooks,
-      chief_only_hooks=[saver, summaries], stop_grace_period_secs=1,
+      target, worker == 0, config=config, hooks=hooks, stop_grace_period_secs=1,
       scaffold=tf.train.Scaffold(saver=saver.saver, init_fn=saver.restore))
 
 
