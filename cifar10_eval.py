@@ -32,7 +32,7 @@ def evaluate():
   """Evaluates the latest checkpoint, and new ones until the run has ended."""
   folder = cifar10_train.full_path(FLAGS.checkpoint_dir)
   if not FLAGS.run_once and not cifar10_train.checkpoints(folder):
-    print(f'Waiting for a checkpoint in {folder}.', flush=True)
+    say(f'Waiting for a checkpoint in {folder}.')
   evaluation, listed, evaluated = None, -1, None
   next_time = 0.0
   while True:
@@ -270,8 +270,8 @@ def predict(paths):
       values = session.run(probabilities, {planes: [picture]})[0]
       _check_finite(values, checkpoint)
       best = values.argsort()[::-1][:3]
-      print(f'{path}: ' + ', '.join(
-          f'{run.classes[i]} {values[i]:.3f}' for i in best), flush=True)
+      say(f'{path}: ' + ', '.join(
+          f'{run.classes[i]} {values[i]:.3f}' for i in best))
 
 
 def export(folder):
@@ -300,7 +300,7 @@ def export(folder):
     builder = tf.saved_model.Builder(folder)
     builder.add_meta_graph_and_variables(session, ['serve'], signatures)
     builder.save()
-  print(f'Exported {checkpoint} to {folder}.')
+  say(f'Exported {checkpoint} to {folder}.')
 
 
 def _classify(planes, recipe):

@@ -181,7 +181,7 @@ class LoggerHook(tf.train.SessionRunHook):
       say(f'{steps_left} steps ({epochs_left:.1f} epochs) left, about '
           f'{time_left}.')
 
-  def end(self, session):
+  def end(self, session):  # Other workers may have done steps since.
     self.step = session.run(tf.train.get_global_step())
 
 
@@ -352,8 +352,11 @@ def start_run(train_dir, dataset, recipe):
   if FLAGS.overwrite:
     ours = re.compile(r'model\.ckpt-\d+\.(index|meta|data-.*)|checkpoint|'
                       r'events\.out\.tfevents\..*')
-    eval_dir = os.path.join(train_dir, 'eval')  # A link leads elsewhere.
-    for folder in [train_dir] + [eval_dir] * (not os.path.islink(eval_dir)):
+    folders = [train_dir]
+    eval_dir = os.path.join(train_dir, 'eval')
+    if not os.path.islink(eval_dir):  # It would lead elsewhere.
+      folders.append(eval_dir)
+    for folder in folders:
       names = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
       for name in filter(ours.fullmatch, names):
         tf.io.gfile.remove(os.path.join(folder, name))
@@ -494,7 +497,7 @@ def run_script(main, define_flags):
     sys.exit(128 + signal.SIGINT)
   except (UserError, OSError, ImportError, tf.flags.Error,
           tf.errors.OpError) as error:
-    hint = ' (--help lists all)' * isinstance(error, tf.flags.Error)
+    hint = ' (--help lists all)' if isinstance(error, tf.flags.Error) else ''
     sys.exit(f'{os.path.basename(sys.argv[0])}: {first_line(error)}{hint}')
 
 

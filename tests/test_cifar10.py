@@ -204,7 +204,6 @@ def test_loss_is_cross_entropy_and_weight_decays(
   assert total == pytest.approx(sum(expected.values()), rel=1e-5)
 
 
-
 def test_conv1_is_before_pooling_as_in_the_tutorial():
   images, _ = _batch(2)
   cifar10.inference(tf.constant(images))
