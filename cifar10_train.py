@@ -352,11 +352,9 @@ def start_run(train_dir, dataset, recipe):
   if FLAGS.overwrite:
     ours = re.compile(r'model\.ckpt-\d+\.(index|meta|data-.*)|checkpoint|'
                       r'events\.out\.tfevents\..*')
-    folders = [train_dir]
     eval_dir = os.path.join(train_dir, 'eval')
-    if not os.path.islink(eval_dir):  # It would lead elsewhere.
-      folders.append(eval_dir)
-    for folder in folders:
+    leads_elsewhere = os.path.islink(eval_dir)
+    for folder in [train_dir] if leads_elsewhere else [train_dir, eval_dir]:
       names = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
       for name in filter(ours.fullmatch, names):
         tf.io.gfile.remove(os.path.join(folder, name))
