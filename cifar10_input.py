@@ -262,10 +262,10 @@ def find_dataset(name):
   unknown = set(map(_class_of, test)) - set(classes)
   if unknown or not test or not 2 <= len(classes) <= 256:
     raise UserError(
-        f'--dataset={name} must be {", ".join(DATASETS)}, or a folder with '
-        'pictures of 2 to 256 classes in train/CLASS/ and test/CLASS/. It '
-        f'has {len(classes)} classes in train/, {len(test)} files in '
-        f'test/, and {sorted(unknown)} only there.')
+        f'--dataset={name} is none of {", ".join(DATASETS)}, nor a folder with '
+        'pictures of 2 to 256 classes in train/CLASS/ and test/CLASS/: found '
+        f'{len(classes)} classes in train/, {len(test)} files in test/, and '
+        f'{len(unknown)} classes only in test/.')
   listing = [(str(path.relative_to(root)), path.stat().st_size,
               path.stat().st_mtime) for path in train + test]
   # The folder's name contains a hash of the listing: if a picture changes, all
