@@ -141,10 +141,10 @@ def test_checkpoints_need_no_clock_and_come_down_to_max_to_keep(
   monkeypatch.setattr(cifar10_train.time, 'monotonic', seconds.__next__)
   monkeypatch.setattr(
       cifar10_train.time, 'time', lambda: now - 86400 * next(days))
-  assert train('--max_steps=40', '--max_to_keep=3',
-               '--save_checkpoint_secs=12').code == 0
+  assert train('--max_steps=20', '--max_to_keep=3',
+               '--save_checkpoint_secs=4').code == 0
   *_, before_last, last = steps = list(cifar10_train.checkpoints(str(run_dir)))
-  assert len(steps) == 3 and last == 40 and 11 < before_last < 40
+  assert len(steps) == 3 and last == 20 and 11 < before_last < 20
 
 
 def test_seed_repeats_the_initial_weights(train, tmp_path):
@@ -284,10 +284,9 @@ def test_train_dir_may_be_relative_in_the_home_folder_and_moved(
   assert os.listdir(tmp_path) == ['moved']
 
 
-@pytest.mark.parametrize('scheme', ['ram', 'file'])
 def test_folders_behind_a_url_do_what_local_ones_do(
-    train, evaluate, tmp_path, scheme):
-  url = f'{scheme}://{tmp_path}'
+    train, evaluate, tmp_path):
+  url = f'ram://{tmp_path}'
   flags = f'--checkpoint_dir={url}/run', f'--eval_dir={url}/eval'
   for step in range(2):
     run = train(f'--train_dir={url}/run', f'--max_steps={step + 1}')
@@ -301,8 +300,7 @@ def test_folders_behind_a_url_do_what_local_ones_do(
   run = train(f'--train_dir={url}/run', '--max_steps=1', '--overwrite')
   assert printed_steps(run.stdout) == [0]
   assert list(cifar10_train.checkpoints(f'{url}/run')) == [0, 1]
-  local = ['eval', 'model', 'run'] if scheme == 'file' else []
-  assert sorted(os.listdir(tmp_path)) == local
+  assert os.listdir(tmp_path) == []
 
 
 # Flags, of all scripts.
