@@ -122,9 +122,6 @@ def original_recipe():
       weight_decay=WEIGHT_DECAY, moving_average_decay=MOVING_AVERAGE_DECAY)
 
 
-# The input, from the folder that the flags name.
-
-
 def maybe_download_and_extract():
   """Makes sure that CIFAR-10 is in --data_dir."""
   cifar10_input.prepare(cifar10_input.CIFAR10, FLAGS.data_dir, DATA_URL)
@@ -175,8 +172,7 @@ def inference(images, recipe=None):
     conv1 = tf.nn.relu(tf.nn.bias_add(conv, biases), name='conv1')
     # The tutorial pools after bias and ReLU. Neither changes which value of a
     # window is the largest, and after pooling only a quarter of them is left.
-    pooled = tf.nn.max_pool(conv, ksize=3, strides=2, padding='SAME')
-    pre_activation = tf.nn.bias_add(pooled, biases)
+    pre_activation = tf.nn.bias_add(tf.nn.max_pool(conv, 3, 2, 'SAME'), biases)
   pool1 = tf.nn.relu(pre_activation, name='pool1')
   # Channels that answer strongly dampen their neighbours.
   norm1 = local_response_normalization(pool1, name='norm1')

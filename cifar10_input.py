@@ -69,7 +69,6 @@ DATA_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 MIN_FRACTION_OF_EXAMPLES_IN_QUEUE = 0.4
 
 _MAX_DOWNLOAD_BYTES = 200e6  # The largest archive has 182 million.
-
 # Records read per call: one a call would be slow, as Python starts each call.
 _RECORDS_PER_READ = 256
 
@@ -125,9 +124,10 @@ def prepare(dataset, data_dir, url=None):
   """
   data_dir = os.path.abspath(os.path.expanduser(data_dir))
   folder = os.path.join(data_dir, dataset.folder)
-  os.makedirs(folder, exist_ok=True)
-  missing = set(dataset.files) - set(os.listdir(folder))
+  missing = [name for name in dataset.files
+             if not os.path.exists(os.path.join(folder, name))]
   if missing:
+    os.makedirs(data_dir, exist_ok=True)
     # Files move to their folder only when all are complete, so that an
     # interrupted start leaves nothing that looks like the data set.
     with tempfile.TemporaryDirectory(dir=data_dir) as unfinished:
@@ -137,6 +137,7 @@ def prepare(dataset, data_dir, url=None):
               _write_synthetic if not archives else
               _convert_svhn if dataset is SVHN else _extract)
       make(dataset, archives, unfinished)
+      os.makedirs(folder, exist_ok=True)
       for name in missing:
         os.replace(os.path.join(unfinished, name), os.path.join(folder, name))
   return dataclasses.replace(dataset, folder=folder)
@@ -399,9 +400,6 @@ def _chosen(data_dir, dataset, image_size):
     raise UserError(f'an image size of {image_size} is more than the '
                     f'{HEIGHT}x{WIDTH} pixels of a picture.')
   return dataclasses.replace(dataset, folder=data_dir), image_size
-
-
-# Reading records.
 
 
 def check_files(dataset, files):

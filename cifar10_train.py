@@ -4,10 +4,9 @@
     python cifar10_train.py --dataset=synthetic --train_dir=/tmp/synthetic_train
 
 The second command needs no download. Each data set needs its own --train_dir.
-
-Started again, a run continues from its last checkpoint in --train_dir. Ctrl-C
-and SIGTERM save one first. While it trains, cifar10_eval.py evaluates it, and
-`tensorboard --logdir=/tmp/cifar10_train` shows what goes on inside.
+Started again, a run continues from its last checkpoint in --train_dir. Ctrl-C,
+SIGTERM and SIGHUP save one first. While it trains, cifar10_eval.py evaluates
+it, and `tensorboard --logdir=/tmp/cifar10_train` shows what goes on inside.
 """
 import contextlib
 import dataclasses
@@ -189,8 +188,8 @@ class SaverHook(tf.train.SessionRunHook):
   """Restores the newest checkpoint, and saves others.
 
   It saves first, every --save_checkpoint_secs, and last. Before, it computes
-  the loss: no checkpoint is of a run that has failed. (A CheckpointSaverHook
-  does not, and saves nothing for a day if the clock is set back by a day.)
+  the loss: no checkpoint is of a run that has failed. (TensorFlow's own hook
+  does not; and if the clock is set back by a day, it saves nothing for a day.)
   """
 
   def __init__(self, train_dir, loss, recipe):

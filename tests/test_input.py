@@ -576,7 +576,7 @@ def test_download_that_fails_is_one_line_and_leaves_nothing(
   run = call_script(cifar10_train, f'--data_dir={tmp_path}',
                     f'--data_url={server.url}', f'--train_dir={tmp_path}/run')
   assert is_one_line(run, server.url, complaint)
-  assert contents(tmp_path) == {}
+  assert contents(tmp_path) == {} and not (tmp_path / TINY.folder).exists()
 
 
 def test_hostile_archive_writes_nothing_but_the_files(tmp_path):
