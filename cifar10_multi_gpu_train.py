@@ -89,7 +89,7 @@ def average_gradients(tower_grads):
   average_grads = []
   for grads_and_vars in zip(*tower_grads):
     gradients = [gradient for gradient, _ in grads_and_vars]
-    _, variable = grads_and_vars[0]  # The towers share it; they may not use it.
+    _, variable = grads_and_vars[0]  # The towers share it.
     average_grads.append((
         None if all(gradient is None for gradient in gradients) else
         _average(gradients, variable.op.name + '/gradient'), variable))
@@ -258,7 +258,7 @@ class Task(tf.train.SessionRunHook):
     if FLAGS.sync_replicas:
       return build_step(dataset, recipe, global_step, self._num_workers,
                         self._apply_together)
-    return build_step(dataset, recipe, global_step, 1, self._apply_alone)
+    return build_step(dataset, recipe, global_step)
 
   def after_create_session(self, session, coord):
     for operation in self._meet:
@@ -273,10 +273,6 @@ class Task(tf.train.SessionRunHook):
     self._hooks.append(optimizer.make_session_run_hook(self._worker == 0))
     self._give_tokens = optimizer.get_init_tokens_op(self._num_workers)
     return update_op
-
-  def _apply_alone(self, optimizer, gradients, global_step, recipe):
-    with tf.device(global_step.device):  # The averages are beside it.
-      return cifar10.apply_gradients(optimizer, gradients, global_step, recipe)
 
 
 def define_flags():
