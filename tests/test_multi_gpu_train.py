@@ -214,7 +214,8 @@ def test_cluster_trains_and_all_tasks_end(
   assert cluster.steps(('worker', 0)) and cluster.steps(('worker', 1))
 
 
-def test_sigterm_to_all_saves_and_a_killed_ps_costs_no_run(cluster, tmp_path):
+def test_sigterm_saves_and_a_lost_or_refused_task_costs_no_run(
+    cluster, tmp_path):
   flags = '--max_steps=100000', '--save_checkpoint_secs=1'
   cluster.start(*flags)
   cluster.reach(5)
@@ -222,8 +223,12 @@ def test_sigterm_to_all_saves_and_a_killed_ps_costs_no_run(cluster, tmp_path):
   cluster.send(signal.SIGTERM)             # stop the others.
   assert cluster.codes()['chief', 0] == 143
   before = newest_step(tmp_path / 'run')
-  cluster.start(*flags)
-  cluster.reach(before + 3)
+  cluster.start(*flags, worker_0_flags=['--momentum=0.5'])
+  refused = cluster.tasks['worker', 0]
+  assert refused.wait(90) == 1
+  line, = refused.stderr_path.read_text().splitlines()
+  assert '--momentum' in line and '0.5' in line
+  cluster.reach(before + 3)  # The others go on.
   cluster.send(signal.SIGTERM)
   codes = cluster.codes()
   assert codes['chief', 0] == codes['ps', 0] == codes['ps', 1] == 143
@@ -235,13 +240,3 @@ def test_chief_that_waits_for_its_servers_ends_at_a_signal(cluster):
   time.sleep(8)  # By then it asks for servers that are not there.
   cluster.send(signal.SIGTERM)
   assert cluster.codes()['chief', 0] in (143, -signal.SIGTERM)
-
-
-def test_worker_with_another_recipe_is_refused(cluster):
-  cluster.start('--max_steps=100000', worker_0_flags=['--momentum=0.5'])
-  refused = cluster.tasks['worker', 0]
-  assert refused.wait(90) == 1
-  line, = refused.stderr_path.read_text().splitlines()
-  assert '--momentum' in line and '0.5' in line
-  cluster.reach(3)  # The others go on.
-  cluster.send(signal.SIGKILL)
