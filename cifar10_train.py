@@ -127,7 +127,8 @@ def _session(target, worker, config, hooks, saver, writer):
   config = config or tf.ConfigProto()
   config.allow_soft_placement = True
   config.log_device_placement = FLAGS.log_device_placement
-  if worker == 0:  # In a cluster, its workers get ready while it saves first.
+  if worker == 0:
+    # `hooks` come first: in a cluster, they let the workers begin.
     hooks = [*hooks, saver, tf.train.SummarySaverHook(
         FLAGS.save_summary_steps, summary_writer=writer,
         summary_op=tf.summary.merge_all())]
@@ -157,11 +158,11 @@ class LoggerHook(tf.train.SessionRunHook):
     check_loss(loss, self.step - 1, self._recipe)
     if self.step >= self._recipe.max_steps:
       run_context.request_stop()
-    # Log if a multiple of it is in (before, step): others do steps in between.
+    # Log when a multiple is passed: other workers do steps in between.
     if (self.step - 1) // FLAGS.log_frequency == before // FLAGS.log_frequency:
       return
     now = time.monotonic()
-    secs = (now - self._time) / max(1, self.step - self._logged)
+    secs = (now - self._time) / (self.step - self._logged)
     speed = self._examples_per_step / secs
     say(f'{datetime.now()}: step {self.step - 1}, loss = {loss:.2f} '
         f'({speed:.1f} examples/sec; {secs:.3f} sec/batch)')
