@@ -458,7 +458,7 @@ def define_flags():
       'recipe', 'original', list(cifar10.RECIPES), 'Values of flags not given: '
       "the tutorial's (original, to compare with others), those that are as "
       'precise in a tenth of the time (fast, to try ideas), or a point better '
-      'in a fifth (strong, for the best network).')
+      'in a seventh (strong, for the best network).')
   define = {int: tf.flags.DEFINE_integer, float: tf.flags.DEFINE_float,
             str: tf.flags.DEFINE_enum}
   for field in dataclasses.fields(cifar10.Recipe):
